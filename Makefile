@@ -1,0 +1,52 @@
+# Every target makes and fills .venv first, and only when requirements.txt or pyproject.toml changed.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+TORCH := $(shell grep '^torch==' requirements.txt)
+PIP := $(PY) -m pip install -qq --disable-pip-version-check
+FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
+
+.DEFAULT_GOAL := help
+.PHONY: help env labs test notebooks quality clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+env: $(STAMP) ## check this machine: packages, device, memory, disk, and the profile it will use
+	@$(PY) -m common.environment
+
+labs: $(STAMP) ## run all notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
+	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) tools/run_labs.py
+
+test: $(STAMP) ## lint, unit and parity tests, then every notebook on the smoke profile, offline
+	@$(PY) -m ruff check .
+	@$(PY) -m pytest --durations=10
+
+notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
+	@env -u LAB_MODEL -u LAB_DATA LAB_PROFILE=cpu $(PY) tools/run_labs.py --fresh --in-place --record
+	@$(PY) tools/readme_table.py
+
+quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
+	@$(PY) -m benchmarks.quality
+
+clean: ## remove caches and build outputs (keeps .venv and runs)
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	@find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o \
+	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
+
+$(STAMP): requirements.txt pyproject.toml
+	@command -v $(FOUND) >/dev/null || { \
+	  echo "Python 3.11 or newer is needed, and '$(FOUND)' is not there. Install it, or name yours: make PYTHON=python3.12 ..."; exit 1; }
+	@$(FOUND) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "Python 3.11 or newer is needed, and '$(FOUND)' is $$($(FOUND) -V 2>&1). Name a newer one: make PYTHON=python3.12 ..."; \
+	  echo "(If $(VENV) was made with an older Python, remove $(VENV) first.)"; exit 1; }
+	@echo "[1/4] the virtual environment $(VENV), with $$($(FOUND) -V)"
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "[2/4] $(TORCH): the largest download (a torch of this version that is already there is kept)"
+	@$(PIP) '$(TORCH)'
+	@echo "[3/4] the other packages of requirements.txt"
+	@$(PIP) -r requirements.txt
+	@echo "[4/4] the package 'common' of this folder, and the test tools"
+	@$(PIP) -e '.[dev]'
+	@touch $@

@@ -1,0 +1,130 @@
+"""Is this machine ready for the labs? `python -m common.environment` says so, one line per check.
+
+A line is OK, NOTE (good to know) or FIX (after the colon: what to do). With a FIX the exit status is 1.
+"""
+
+import re
+import shutil
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+from common import profiles
+
+Line = tuple[str, str]
+REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+ROOM = {"smoke": (2, 1), "cpu": (3, 2), "gpt2": (7, 15), "qlora-7b": (15, 50)}  # GB: memory, disk (estimates)
+
+
+def python_lines(version: tuple[int, ...] = sys.version_info[:3]) -> list[Line]:
+    text, remedy = "Python " + ".".join(map(str, version)), "install Python 3.11 or newer, make .venv anew"
+    return [("OK", text) if version >= (3, 11) else ("FIX", f"{text}: {remedy}")]
+
+
+def read_pins(path: Path = REQUIREMENTS) -> dict[str, str]:
+    """Package name → pinned version, from requirements.txt or else from the installed `common`."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else metadata.requires("common")
+    found = [re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines or [] if "extra ==" not in line]
+    return {match[1]: match[2] for match in found if match}
+
+
+def installed(name: str) -> str | None:
+    try:  # a build label is no part of the version: 2.13.0+cpu is 2.13.0
+        return metadata.version(name).split("+")[0]
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def package_lines(pins: dict[str, str]) -> list[Line]:
+    """Every pinned package against what is installed, and the course's own package."""
+    lines = [] if pins else [("FIX", "no pinned versions found: run this in the repository's folder")]
+    for name, pin in pins.items():
+        version = installed(name)
+        text = f"{name} {version}" if version else f"{name} is not installed"
+        remedy = f'the labs are pinned to {pin}: python -m pip install "{name}=={pin}"'
+        lines.append(("OK", text) if version == pin else ("FIX", f"{text}, {remedy}"))
+    if not installed("common"):
+        lines.append(("FIX", "the notebooks cannot import common: python -m pip install -e ."))
+    return lines
+
+
+def nvidia_gpus() -> list[str]:
+    """The NVIDIA GPUs that the driver reports. torch is not asked: it may be the wrong build."""
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"]
+        answer = subprocess.run(query, capture_output=True, text=True)
+        if answer.returncode == 0:
+            return answer.stdout.strip().splitlines()
+    folder = Path("/proc/driver/nvidia/gpus")
+    return [f"NVIDIA GPU at {gpu.name}" for gpu in sorted(folder.iterdir())] if folder.is_dir() else []
+
+
+def cuda_package_bytes() -> int:
+    """Disk space of the CUDA packages that pip installs beside a CUDA build of torch."""
+    packages = [dist for dist in metadata.distributions() if re.match(r"nvidia-|triton$", dist.name or "")]
+    return sum(file.size or 0 for dist in packages for file in dist.files or [])
+
+
+def torch_lines(gpus: list[str], cuda: str | None, usable: bool, cuda_bytes: int) -> list[Line]:
+    """Does torch fit the machine? `cuda` is torch.version.cuda, `usable` is torch.cuda.is_available()."""
+    here = ", ".join(gpus) or ("a GPU that torch can use" if usable else "no NVIDIA GPU")
+    build = "build of the same torch version; 'Get started' on the PyTorch site gives the command"
+    if gpus and not cuda:
+        return [("FIX", f"{here}, but this torch is built for CPUs only: install the CUDA {build}")]
+    if gpus and not usable:
+        return [("FIX", f"{here}, but torch (CUDA {cuda}) cannot use it: update the NVIDIA driver")]
+    if not usable and (cuda or cuda_bytes > 1e9):
+        text = f"{here}, but {cuda_bytes / 1e9:.1f} GB of CUDA packages (the labs run; to free the space)"
+        return [("FIX", f"{text}: make .venv anew, and in it install first the CPU {build}")]
+    return [("OK", f"{here}, and torch is built for {f'CUDA {cuda}' if cuda else 'CPU'}")]
+
+
+def profile_lines(profile: profiles.Profile, device: str, dtype: str, why: str) -> list[Line]:
+    lines = [("OK", f"device {device}, precision {dtype} ({why})")]
+    if device == "cpu" and profile.four_bit:
+        lines.append(("FIX", f"profile {profile.name} needs a CUDA GPU: set LAB_PROFILE=cpu"))
+    elif device == "cpu" and profile.name not in ("smoke", "cpu"):
+        lines.append(("NOTE", f"profile {profile.name} is made for a GPU and slow without one"))
+    return [*lines, ("OK", f"profile {profile.name} ({profile.reason}); its runs go to {profile.folder}")]
+
+
+def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) -> list[Line]:
+    lines, (memory, disk) = [], ROOM[profile.name]
+    for what, has, needs, remedy in (
+        ("memory", memory_bytes / 1e9, memory, "choose a smaller LAB_PROFILE"),
+        ("free disk", free_bytes / 1e9, disk, "free some, or set LAB_RUNS to a folder on a larger disk"),
+    ):
+        text = f"{has:.1f} GB of {what}; profile {profile.name} asks for {needs} GB"
+        lines.append(("OK", text) if has >= needs else ("FIX", f"{text}: {remedy}"))
+    return lines
+
+
+def all_lines() -> list[Line]:
+    lines = python_lines() + package_lines(read_pins())
+    try:
+        import psutil
+        import torch
+
+        profile = profiles.get_profile()
+    except (ImportError, OSError) as error:  # OSError: torch is there, but a library that it loads is not
+        return [*lines, ("FIX", f"{error}: install what is named above, then check again")]
+    except ValueError as error:
+        return [*lines, ("FIX", f"{error} The profile is unknown: correct or unset LAB_PROFILE")]
+    place = next(place for place in (profile.folder.absolute() / "sft").parents if place.exists())
+    lines += torch_lines(nvidia_gpus(), torch.version.cuda, torch.cuda.is_available(), cuda_package_bytes())
+    lines += profile_lines(profile, *profiles.device_and_precision())
+    return lines + room_lines(profile, psutil.virtual_memory().total, shutil.disk_usage(place).free)
+
+
+def main() -> int:
+    lines = all_lines()
+    for status, text in lines:
+        print(f"{status:4}  {text}")
+    fixes = sum(status == "FIX" for status, _ in lines)
+    print(f"\n{fixes} to fix." if fixes else "\nReady.")
+    return 1 if fixes else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Who says which answer is better: the world's rule, or a reward model where no rule exists."""
+
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.data import collate
+from common.evaluation import Answer, WinRate, win_rate
+from common.losses import share_positive
+from common.toyworld import World
+
+
+class Judge(Protocol):
+    """Anything that prefers one of two answers. `name` is printed beside every number it decides."""
+
+    name: str
+
+    def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
+        """For each (prompt, first, second): 1 if `first` is better, -1 if `second` is, 0 for a tie."""
+
+
+class RuleJudge:
+    """The rule of the embedded world: the higher score wins, equal scores tie."""
+
+    name = "the world's rule"
+
+    def __init__(self, world: World):
+        self.world = world
+
+    def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
+        judge = self.world.judge
+        return [int(np.sign(judge(prompt, a).score - judge(prompt, b).score)) for prompt, a, b in questions]
+
+
+def rewards(model, batch: dict[str, Tensor], side: str) -> Tensor:
+    """Reward of one side of a batch, (batch,): a scalar head read at the last token of each row.
+
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), Sec. 3.5.
+    """
+    parts = batch["prompt_ids"], batch["prompt_lengths"], batch[f"{side}_ids"], batch[f"{side}_lengths"]
+    rows = [torch.cat([prompt[:start], ids[:end]]) for prompt, start, ids, end in zip(*parts, strict=True)]
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    ends = batch["prompt_lengths"] + batch[f"{side}_lengths"]
+    mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends[:, None]
+    at = torch.arange(len(ends), device=ends.device), ends - 1
+    # The library looks for the last token by the pad id, which may be EOS. The lengths are known: hand its head the
+    # right hidden state at every position, and its choice no longer matters.
+    head = getattr(model, "module", model).score
+    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][at][:, None].expand_as(inputs[0]),))
+    try:
+        logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
+    finally:
+        hook.remove()
+    return logits.squeeze(-1).double()
+
+
+class RewardJudge:
+    """A reward model trained on the training pairs: the higher reward wins. It judges where no rule exists."""
+
+    def __init__(self, model, tokenizer, held_out_pairs):
+        self.model, self.tokenizer = model.eval(), tokenizer
+        self.held_out_accuracy = self._accuracy(list(held_out_pairs))
+        self.name = f"a reward model (right on {self.held_out_accuracy:.0%} of {len(held_out_pairs)} held-out pairs)"
+
+    def _scores(self, rows: list[dict], side: str) -> Tensor:
+        pad = self.tokenizer.pad_token_id
+        batches = (collate(rows[start : start + 64], pad, self.model.device) for start in range(0, len(rows), 64))
+        with torch.no_grad():
+            return torch.cat([rewards(self.model, batch, side).cpu() for batch in batches])
+
+    def _accuracy(self, pairs: list[dict]) -> float:
+        return share_positive(self._scores(pairs, "chosen") - self._scores(pairs, "rejected"))
+
+    def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
+        end = [self.tokenizer.eos_token_id]
+        ids = [self.tokenizer(list(texts))["input_ids"] for texts in zip(*questions, strict=True)]
+        rows = [
+            {"prompt_ids": prompt, "chosen_ids": first + end, "rejected_ids": second + end}
+            for prompt, first, second in zip(*ids, strict=True)
+        ]
+        return torch.sign(self._scores(rows, "chosen") - self._scores(rows, "rejected")).int().tolist()
+
+
+def compare(judge: Judge, first: list[list[Answer]], second: list[list[Answer]]) -> list[list[int]]:
+    """Verdicts on the answers of two models to the same prompts, (prompts, samples): 1 where `first` wins.
+
+    Each pair is shown in both orders; where the judge changes its mind with the order, it is a tie.
+    Raises: ValueError if the prompts differ.
+    """
+    pairs = [(a, b) for group, other in zip(first, second, strict=True) for a, b in zip(group, other, strict=True)]
+    if any(a.prompt != b.prompt for a, b in pairs):
+        raise ValueError("The two models answered different prompts: they cannot be compared.")
+    shown = judge.prefer([(a.prompt, a.text, b.text) for a, b in pairs])
+    swapped = judge.prefer([(a.prompt, b.text, a.text) for a, b in pairs])
+    verdicts = [one if one == -other else 0 for one, other in zip(shown, swapped, strict=True)]
+    samples = len(first[0])
+    return [verdicts[start : start + samples] for start in range(0, len(verdicts), samples)]
+
+
+def head_to_head(judge: Judge, first: list[list[Answer]], second: list[list[Answer]]) -> WinRate:
+    """Win rate of `first` over `second` under this judge."""
+    return win_rate(compare(judge, first, second))

@@ -1,0 +1,298 @@
+"""The training loop itself: steps, held-out measures, early stopping, checkpoints and exact resume, on Accelerate."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from common import checkpoints, losses, models
+from common.data import collate
+from common.evaluation import generate, logps_of
+from common.judges import RuleJudge, head_to_head, rewards
+from common.logprobs import PairLogps, response_logps
+from common.plots import LiveFigure
+from common.profiles import Recipe, device_and_precision
+from common.runs import Lab, read_metrics, stage_of, write_lines
+
+SAMPLED_PROMPTS = 64  # held-out prompts answered at every evaluation, for KL and win rate
+KL_LIMIT, ACCURACY_LIMIT = 20.0, 0.95  # the course pages' signs of over-optimisation (CLAIMS D6, D7)
+
+
+class TrainingError(RuntimeError):
+    """Training that cannot go on. The message says where it stopped and what to do."""
+
+
+def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict]:
+    """The same for a reward model."""
+    chosen, rejected = rewards(model, batch, "chosen"), rewards(model, batch, "rejected")
+    margin = (chosen - rejected).detach()
+    metrics = {"margin": margin.sum() / pairs, "accuracy": losses.share_positive(margin) * len(margin) / pairs}
+    return losses.bradley_terry_loss(chosen, rejected).sum() / pairs, metrics
+
+
+class Trainer:
+    """One run: its model, reference, optimiser and counters. `training.train` is the door to it."""
+
+    def __init__(self, lab: Lab, stage: str, recipe: Recipe, rows: list[dict], held_out: list[dict], folder: Path):
+        device, dtype, _ = device_and_precision()
+        mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
+        self.lab, self.recipe, self.rows, self.held_out, self.folder = lab, recipe, rows, held_out, folder
+        self.method = stage_of(stage).method
+        self.stage, self.pad = stage, lab.tokenizer.pad_token_id
+        self.sides = ("chosen",) if self.method in ("lm", "sft") else ("chosen", "rejected")
+        self.accelerator = Accelerator(mixed_precision="no" if lab.profile.four_bit else mixed)
+        self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
+        self.steps = max(1, round(self.per_epoch * recipe.epochs))
+        self.every = max(1, self.steps // max(1, recipe.evaluations))
+        self.state = {"step": 0, "tokens": 0, "padded": 0, "flops_per_token": 0.0, "wall": 0.0, "cpu": 0.0, "peak": 0,
+                      "best": math.inf, "since_best": 0, "warnings": [], "stopped_early": False}  # fmt: skip
+
+    def build(self, parent_model, reference) -> None:
+        """Model, reference, optimiser and schedule."""
+        profile, recipe = self.lab.profile, self.recipe
+        set_seed(self.lab.seed, device_specific=True)
+        self.lora = bool(profile.lora) or self.stage.endswith("_lora")
+        self.model = models.add_lora(parent_model, profile) if self.lora else parent_model
+        if profile.gradient_checkpointing and not profile.four_bit:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.config.pad_token_id = self.pad
+        self.reference, self.held_out_reference, self.reference_answers = reference, None, None
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+        if profile.optimizer == "paged_adamw_8bit" and torch.cuda.is_available():
+            from bitsandbytes.optim import PagedAdamW8bit
+
+            optimizer = PagedAdamW8bit(trainable, **settings)
+        else:
+            optimizer = torch.optim.AdamW(trainable, **settings)
+        warmup = round(self.recipe.warmup * self.steps)
+        self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
+        self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.accelerator.register_for_checkpointing(self.schedule)
+
+    def step_rows(self, step: int) -> list[int]:
+        """Row numbers of a step: a pure function of seed and step, so that a resumed run sees the same batches."""
+        epoch, place = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.rows), generator=torch.Generator().manual_seed(1000 * self.lab.seed + epoch))
+        return order[place * self.recipe.batch_size : (place + 1) * self.recipe.batch_size].tolist()
+
+    @contextmanager
+    def as_reference(self) -> Iterator[torch.nn.Module]:
+        """The frozen reference: a second model, or the policy with its adapter off."""
+        if self.reference is not None:
+            yield self.reference
+        else:
+            with self.model.disable_adapter():
+                yield self.model
+
+    def reference_logps(self, batch: dict) -> PairLogps | None:
+        """Log-probabilities under the reference, for the methods that have one."""
+        if self.method != "dpo":
+            return None
+        with torch.no_grad(), self.as_reference() as reference:
+            return response_logps(reference, batch)
+
+    def loss(self, batch: dict, pairs: int, tokens: int) -> tuple[torch.Tensor, dict]:
+        """Loss and metrics of a micro-batch of a step with so many pairs and tokens."""
+        if self.method == "reward":
+            return reward_objective(self.policy, batch, pairs)
+        policy = response_logps(self.policy, batch, score_prompt=self.recipe.nll_on_prompt)
+        return losses.objective(self.method, self.recipe, policy, self.reference_logps(batch), pairs, tokens)
+
+    def micro_batches(self, numbers: list[int]) -> list[dict]:
+        """This process's share of a step, in micro-batches."""
+        accelerator, size = self.accelerator, self.recipe.micro_batch
+        mine = [self.rows[number] for number in numbers[accelerator.process_index :: accelerator.num_processes]]
+        parts = [mine[at : at + size] for at in range(0, len(mine), size)]
+        return [collate(part, self.pad, accelerator.device, self.sides) for part in parts]
+
+    def step(self) -> dict[str, float]:
+        """One optimiser step over the next batch. Raises: TrainingError where the loss is not finite."""
+        numbers, accelerator = self.step_rows(self.state["step"]), self.accelerator
+        rows = [self.rows[number] for number in numbers]
+        tokens, total = losses.scored_tokens(rows, self.recipe), {}
+        batches = self.micro_batches(numbers)
+        self.policy.train()
+        if not self.state["flops_per_token"]:
+            self.state["flops_per_token"] = self.count_flops(batches[0], len(rows), tokens)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            with accelerator.no_sync(self.policy) if not last else nullcontext():
+                loss, metrics = self.loss(batch, len(rows), tokens)
+                # Distributed training averages gradients over processes; the loss is already the step's share.
+                accelerator.backward(loss * accelerator.num_processes)
+            for name, value in {"loss": loss, **metrics}.items():
+                total[name] = total.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+            self.state["padded"] += self.padded(batch) * accelerator.num_processes
+        names = sorted(total)
+        summed = accelerator.reduce(torch.stack([total[name] for name in names]).to(accelerator.device), "sum")
+        values = dict(zip(names, summed.tolist(), strict=True))
+        if not all(map(math.isfinite, values.values())):
+            raise TrainingError(
+                f"The loss is not finite at step {self.state['step'] + 1} (rows {numbers}): {values}. The weights are "
+                f"still those of step {self.state['step']}. Look at these rows for broken text, or lower the learning rate."
+            )
+        accelerator.clip_grad_norm_(self.policy.parameters(), self.recipe.clip)
+        lr = self.optimizer.param_groups[0]["lr"]
+        self.optimizer.step()
+        self.schedule.step()
+        self.optimizer.zero_grad()
+        self.state["step"] += 1
+        self.state["tokens"] += sum(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in self.sides)
+        return {"step": self.state["step"], "lr": lr, "tokens": self.state["tokens"], **values}
+
+    def padded(self, batch: dict) -> int:
+        """Tokens of a batch as the model sees them: prompts once per side, every row as long as the longest."""
+        longest = max(int((batch["prompt_lengths"] + batch[f"{side}_lengths"]).max()) for side in self.sides)
+        return len(self.sides) * len(batch["prompt_ids"]) * longest
+
+    def count_flops(self, batch: dict, pairs: int, tokens: int) -> float:
+        """Floating-point operations per padded token of one micro-batch, counted forward and backward."""
+        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+            self.accelerator.backward(self.loss(batch, pairs, tokens)[0])
+        self.optimizer.zero_grad()
+        return counter.get_total_flops() / self.padded(batch)
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss, both log-probabilities and, for preference stages, KL and win rate on samples."""
+        test, recipe = self.lab.test_pairs, replace(self.recipe, nll_on_prompt=False)
+        if self.method == "reward":
+            self.policy.eval()
+            loss, metrics = reward_objective(self.model, collate(self.held_out, self.pad, self.model.device), len(self.held_out))
+            return {f"held_out_{name}": float(value) for name, value in {"loss": loss, **metrics}.items()}
+        pairs = logps_of(self.model, test, self.pad)
+        own = pairs if "rejected_ids" in self.held_out[0] else logps_of(self.model, self.held_out, self.pad)
+        if self.method == "dpo" and self.held_out_reference is None:
+            with self.as_reference() as reference:
+                self.held_out_reference = logps_of(reference, test, self.pad)
+        count, tokens = len(self.held_out), losses.scored_tokens(self.held_out, recipe)
+        loss, metrics = losses.objective(self.method, recipe, own, self.held_out_reference, count, tokens)
+        metrics |= {"loss": loss, "logps_chosen": pairs.chosen.sums.mean(), "logps_rejected": pairs.rejected.sums.mean()}
+        metrics |= {"nll": -own.chosen.sums.sum() / own.chosen.lengths.sum()}
+        if self.method == "dpo" or self.reference is not None:
+            metrics |= self.sample()
+        return {f"held_out_{name}": float(value) for name, value in metrics.items()}
+
+    def sample(self) -> dict[str, float]:
+        """KL to the reference and win rate against it, on one answer to each of a few held-out prompts."""
+        lab, length = self.lab, self.lab.profile.max_new_tokens
+        prompts = lab.prompts[:SAMPLED_PROMPTS]
+        answers = generate(self.model, lab.tokenizer, prompts, length, seed=lab.seed)
+        rows = [vars(answer) for group in answers for answer in group]
+        policy = logps_of(self.model, rows, self.pad)
+        with self.as_reference() as reference:
+            kl = (policy.chosen.sums - logps_of(reference, rows, self.pad).chosen.sums).mean()
+            if lab.data.world and self.reference_answers is None:
+                self.reference_answers = generate(reference, lab.tokenizer, prompts, length, seed=lab.seed + 1)
+        if not lab.data.world:
+            return {"kl": kl}
+        return {"kl": kl, "win_rate": head_to_head(RuleJudge(lab.data.world), answers, self.reference_answers).rate}
+
+    def resume_from(self, fingerprint: str) -> list[dict]:
+        """Goes back to the newest checkpoint of this very run, if there is one. Returns the metrics up to it."""
+        newest = checkpoints.newest(self.folder)
+        state = checkpoints.read_state(newest) if newest else {}
+        if state.get("fingerprint") != fingerprint:
+            if newest:
+                print(f"{self.stage}: the checkpoint in {self.folder.name} is of other settings or data; starting anew")
+            return []
+        self.accelerator.load_state(str(newest))
+        self.state = state
+        print(f"{self.stage}: resumed at step {state['step']} of {self.steps}")
+        return [row for row in read_metrics(self.folder) if row["step"] <= state["step"]]
+
+    def run(self, fingerprint: str, resume: bool, live: bool, checkpoint_every: int | None) -> list[dict]:
+        """The loop. Returns one dict of metrics per step; row 0 is the model as it was."""
+        main, every = self.accelerator.is_main_process, checkpoint_every or self.every
+        self.state["fingerprint"] = fingerprint
+        metrics = self.resume_from(fingerprint) if resume else []
+        if main:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "run.json").unlink(missing_ok=True)  # no longer the run that it described
+            if not metrics:
+                checkpoints.remove(self.folder)
+            write_lines(self.folder / "metrics.jsonl", metrics)
+        if not metrics:
+            metrics = [{"step": 0, **self.evaluate()}]
+            write_lines(self.folder / "metrics.jsonl", metrics) if main else None
+        figure = LiveFigure(self.stage, self.steps) if live and main else None
+        process, clock = psutil.Process(), (time.perf_counter() - self.state["wall"], time.process_time() - self.state["cpu"])
+        bar = tqdm(total=self.steps, initial=self.state["step"], desc=self.stage, disable=not main)
+        while self.state["step"] < self.steps and not self.state["stopped_early"]:
+            row = self.step()
+            step, last = row["step"], row["step"] == self.steps
+            if evaluated := step % self.every == 0 or last:
+                row |= self.evaluate()
+                self.keep_or_stop(row, main)
+            metrics.append(row)
+            self.state["wall"], self.state["cpu"] = time.perf_counter() - clock[0], time.process_time() - clock[1]
+            self.state["peak"] = max(self.state["peak"], _memory(process))
+            if main:
+                with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+            if evaluated:
+                for sign in signs_of_over_optimisation(metrics):
+                    self.state["warnings"].append(f"step {step}: {sign}")
+                    bar.write(f"warning, step {step}: {sign}") if main else None
+            if step % every == 0 and not last:
+                checkpoints.save(self.accelerator, self.folder, self.state)
+            bar.update()
+            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+            if figure:
+                figure.update(metrics, force=last)
+        bar.close()
+        return metrics
+
+    def keep_or_stop(self, row: dict, main: bool) -> None:
+        """Keeps the best weights so far; stops when the held-out loss has not improved for `patience` evaluations."""
+        if row["held_out_loss"] < self.state["best"]:
+            self.state |= {"best": row["held_out_loss"], "since_best": 0, "best_step": row["step"]}
+            if self.recipe.keep_best and main:
+                checkpoints.save_best(self.model, self.folder)
+        else:
+            self.state["since_best"] += 1
+            if self.recipe.patience and self.state["since_best"] >= self.recipe.patience:
+                self.state["stopped_early"] = True
+                print(f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at {self.state['best_step']}")
+
+
+def signs_of_over_optimisation(metrics: list[dict]) -> list[str]:
+    """What the course pages warn of, each with its remedies, from the rows since the last two evaluations."""
+    signs, remedy = [], "stop earlier, raise beta, or lower the learning rate"
+    evaluated = [index for index, row in enumerate(metrics) if "held_out_loss" in row]
+    now, rows = metrics[evaluated[-1]], metrics[evaluated[-2] + 1 :] if len(evaluated) > 1 else []
+    if now.get("held_out_kl", 0.0) > KL_LIMIT:
+        signs.append(f"KL to the reference is {now['held_out_kl']:.1f} nats (> {KL_LIMIT:.0f}): {remedy}.")
+    right = [row["accuracy"] for row in rows if "accuracy" in row]
+    if right and sum(right) / len(right) > ACCURACY_LIMIT:
+        signs.append(f"Training accuracy is {sum(right) / len(right):.3f} (> {ACCURACY_LIMIT}): {remedy}.")
+    if len(evaluated) > 2:
+        before = metrics[evaluated[-2]]
+        earlier = metrics[evaluated[-3] + 1 : evaluated[-2] + 1]
+        falling = _mean(rows, "loss") < _mean(earlier, "loss")
+        if falling and now.get("held_out_nll", 0.0) > 1.02 * before.get("held_out_nll", math.inf):
+            signs.append(f"The loss falls but the held-out NLL rises to {now['held_out_nll']:.3f}: {remedy}.")
+        if falling and now.get("held_out_win_rate", 1.0) < before.get("held_out_win_rate", 0.0) - 0.05:
+            signs.append(f"The loss falls but the win rate falls to {now['held_out_win_rate']:.2f}: {remedy}.")
+    return signs
+
+
+def _mean(rows: list[dict], name: str) -> float:
+    return sum(row[name] for row in rows) / len(rows)
+
+
+def _memory(process: psutil.Process) -> int:
+    """Bytes in use: the peak of GPU memory, or this process's resident memory now."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else process.memory_info().rss

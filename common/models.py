@@ -1,0 +1,166 @@
+"""Tokenizers and models: from a config, a local folder or the hub; LoRA and 4-bit; the frozen reference."""
+
+import copy
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
+
+from common.profiles import TINY, Profile, device_and_precision
+
+# Loading a small model again and again would bury the notebook's own output.
+transformers.utils.logging.disable_progress_bar()
+logging.getLogger("accelerate").setLevel(logging.ERROR)
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+END, PAD = "<|endoftext|>", "<|pad|>"
+# Writes the same text as the data: "\n\nHuman: {x}\n\nAssistant:" and " {y}" after it.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] | trim }}"
+    "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
+    "{% else %}{{ '\n\nHuman: ' + message['content'] | trim }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+
+
+class ModelError(RuntimeError):
+    """A model or tokenizer that cannot be loaded. The message says what to do."""
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`, with separate EOS and pad tokens and the course's chat template."""
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=[END, PAD], initial_alphabet=alphabet, show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=PAD)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _from_hub(load, source: str, **options):
+    """`load(source)`, with one clear sentence in place of the library's many errors."""
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise ModelError(f"No model folder at {source}. Check LAB_MODEL.")
+    try:
+        return load(source, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"Could not load {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). To go on offline, point "
+            "LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, which needs no download. "
+            "A gated model needs its licence accepted on the hub and `hf auth login`."
+        ) from error
+
+
+def load_tokenizer(source: str | Path):
+    """The tokenizer of a local folder or hub id, with a pad token and the course's chat template.
+
+    Raises: ModelError.
+    """
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, str(source))
+    if tokenizer.pad_token is None:  # Harmless here: masks come from lengths, so EOS is still scored.
+        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights, sized by the profile. The seed decides the weights; the global RNG is left alone."""
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=profile.max_length, n_embd=profile.width, n_layer=profile.layers,
+        n_head=profile.heads, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config)
+
+
+def load_model(source: str | Path, profile: Profile, reward_head: bool = False):
+    """A causal language model (or, with `reward_head`, the same body with one output) on this machine's device.
+
+    Weights stay in float32 and are run in the device's precision by the training loop; only a 4-bit profile
+    loads them quantised. Pickled weights and remote code are refused. Raises: ModelError.
+    """
+    device, dtype_name, _ = device_and_precision()
+    options = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": "sdpa"}
+    if profile.four_bit:
+        compute = getattr(torch, dtype_name)
+        options |= {
+            "dtype": compute,
+            "quantization_config": BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=compute,
+            ),
+        }  # fmt: skip
+    kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
+    model = _from_hub(kind.from_pretrained, str(source), **options, **({"num_labels": 1} if reward_head else {}))
+    return model.to(device) if not profile.four_bit else model
+
+
+def check_context(model, profile: Profile) -> None:
+    """Raises ModelError if the model has fewer positions than the profile's max_length."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions and positions < profile.max_length:
+        raise ModelError(f"The model has {positions} positions, the profile needs {profile.max_length}. Use a longer model.")
+
+
+def add_lora(model, profile: Profile):
+    """The model with a fresh LoRA adapter on its linear layers (Hu et al. 2021). Adapter off = the model as it was."""
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+
+    if profile.four_bit:
+        model = prepare_model_for_kbit_training(
+            model, profile.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
+    rank = profile.lora or 8
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task)
+    return get_peft_model(model, config)
+
+
+def merge_lora(model, source: str | Path, profile: Profile):
+    """A plain model with the adapter merged into full-precision weights.
+
+    A 4-bit model is never merged in place, since its weights are rounded (and on some CPUs repacked): the base is
+    loaded again in full precision from `source`, and the adapter's weights are merged there.
+    """
+    if not profile.four_bit:
+        return model.merge_and_unload()
+    from dataclasses import replace
+
+    from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+
+    adapter = get_peft_model_state_dict(model)
+    full = get_peft_model(load_model(source, replace(profile, four_bit=False)).cpu(), model.peft_config["default"])
+    set_peft_model_state_dict(full, adapter)
+    return full.merge_and_unload()
+
+
+def frozen_copy(model):
+    """The reference: a copy in evaluation mode whose parameters take no gradient."""
+    reference = copy.deepcopy(model).eval()
+    return reference.requires_grad_(False)
+
+
+def is_tiny(profile: Profile) -> bool:
+    """Does this profile build its own model and tokenizer from its data?"""
+    return profile.model == TINY

@@ -1,0 +1,196 @@
+"""Every figure of the course. Each function returns the figure; axes are named with units."""
+
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.figure import Figure
+
+plt.rcParams.update({
+    "figure.dpi": 100, "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
+    "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
+})  # fmt: skip
+
+CHOSEN, REJECTED, OTHER, GREY = "#1b7f5c", "#c2452d", "#2f5d9f", "#8a8a8a"
+PALETTE = (OTHER, CHOSEN, REJECTED, "#b07aa1", "#e0a12e", "#4fb3bf")
+
+# Panels of training curves: title, unit, and the metrics drawn in it with label and colour.
+PANELS = {
+    "loss": ("Loss", "nats", {"loss": ("training", GREY), "held_out_loss": ("held out", OTHER)}),
+    "nll": ("NLL of the chosen answer", "nats per token", {"nll": ("training", GREY), "held_out_nll": ("held out", OTHER)}),
+    "logps": ("Log-probability of an answer, held out", "nats", {
+        "held_out_logps_chosen": ("chosen", CHOSEN), "held_out_logps_rejected": ("rejected", REJECTED)}),
+    "rewards": ("Implicit reward (β included)", "nats", {
+        "rewards_chosen": ("chosen", CHOSEN), "rewards_rejected": ("rejected", REJECTED)}),
+    "margin": ("Reward margin (β included)", "nats", {"margin": ("training", GREY), "held_out_margin": ("held out", OTHER)}),
+    "accuracy": ("Preference accuracy", "share of pairs", {
+        "accuracy": ("training", GREY), "held_out_accuracy": ("held out", OTHER)}),
+    "kl": ("KL to the reference, on samples", "nats per answer", {"held_out_kl": ("held out", OTHER)}),
+    "win_rate": ("Win rate against the reference", "share", {"held_out_win_rate": ("held out", OTHER)}),
+    "odds": ("Log-odds margin", "nats", {
+        "log_odds_margin": ("training", GREY), "held_out_log_odds_margin": ("held out", OTHER)}),
+}  # fmt: skip
+LIVE = ("loss", "margin", "odds", "logps")  # what a live figure shows, where the method has it
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+    """A trailing mean: the first points average what there is."""
+    sums = np.cumsum(np.insert(values, 0, 0.0))
+    index = np.arange(1, len(values) + 1)
+    start = np.maximum(index - window, 0)
+    return (sums[index] - sums[start]) / (index - start)
+
+
+def _draw_panel(ax, metrics: list[dict], panel: str) -> None:
+    title, unit, lines = PANELS[panel]
+    for name, (label, colour) in lines.items():
+        points = np.array([(row["step"], row[name]) for row in metrics if name in row])
+        if not len(points):
+            continue
+        if name.startswith("held_out"):
+            ax.plot(*points.T, "o-", color=colour, label=label, markersize=4)
+        else:  # one point a step: the noise pale, its running mean on top
+            ax.plot(*points.T, color=colour, alpha=0.25, linewidth=0.8)
+            ax.plot(points[:, 0], _smooth(points[:, 1], max(1, len(points) // 25)), color=colour, label=label)
+    ax.set(title=title, xlabel="optimiser step", ylabel=unit)
+    ax.legend()
+
+
+def training_curves(metrics: list[dict], panels: tuple[str, ...], title: str = "") -> Figure:
+    """Training curves of one run, one panel each (names of PANELS), two in a row when there are more than three."""
+    columns = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+    for ax, panel in zip(axes.flat, panels, strict=False):
+        _draw_panel(ax, metrics, panel)
+    for ax in axes.flat[len(panels):]:
+        ax.set_visible(False)
+    figure.suptitle(title)
+    return figure
+
+
+def compare_curves(runs: dict[str, list[dict]], panels: tuple[str, ...], title: str = "") -> Figure:
+    """The same held-out curves of several runs side by side, one colour a run."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
+    for ax, panel in zip(axes.flat, panels, strict=True):
+        name, unit, lines = PANELS[panel]
+        styles = ("-", "--")
+        drawn = [line for line in lines if line.startswith("held_out")]
+        for colour, (run, metrics) in zip(PALETTE * 3, runs.items(), strict=False):
+            for style, line in zip(styles, drawn, strict=False):
+                points = np.array([(row["step"], row[line]) for row in metrics if line in row])
+                if len(points):
+                    label = run if len(drawn) == 1 else f"{run}, {lines[line][0]}"
+                    ax.plot(*points.T, style, marker="o", markersize=3, color=colour, label=label)
+        ax.set(title=name, xlabel="optimiser step", ylabel=unit)
+        ax.legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+class LiveFigure:
+    """Training curves that redraw themselves in a notebook while a run goes on; silent elsewhere."""
+
+    def __init__(self, title: str, steps: int, seconds: float = 3.0):
+        from IPython import get_ipython
+
+        self.title, self.steps, self.seconds, self.last = title, steps, seconds, 0.0
+        self.handle = None
+        self.active = get_ipython() is not None and "IPKernelApp" in get_ipython().config
+
+    def update(self, metrics: list[dict], force: bool = False) -> None:
+        """Redraws if the last drawing is old enough, or at the end."""
+        if not self.active or (time.monotonic() - self.last < self.seconds and not force):
+            return
+        from IPython.display import display
+
+        self.last = time.monotonic()
+        shown = tuple(name for name in LIVE if any(line in row for row in metrics[:2] for line in PANELS[name][2]))
+        figure = training_curves(metrics, shown, f"{self.title}: step {metrics[-1]['step']} of {self.steps}")
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)
+        plt.close(figure)
+
+
+def histograms(groups: dict[str, list[float]], xlabel: str, title: str = "", limit: float | None = None) -> Figure:
+    """Distributions over each other, with their medians; `limit` draws a dashed line (the context, say)."""
+    figure, ax = plt.subplots(figsize=(7, 3.2))
+    everything = np.concatenate([np.asarray(values, dtype=float) for values in groups.values()])
+    bins = np.linspace(everything.min() - 0.5, everything.max() + 0.5, 40)
+    for colour, (name, values) in zip((CHOSEN, REJECTED, OTHER, GREY), groups.items(), strict=False):
+        ax.hist(values, bins=bins, alpha=0.45, color=colour, label=f"{name}, median {np.median(values):.0f}")
+        ax.axvline(np.median(values), color=colour, linewidth=1)
+    if limit:
+        ax.axvline(limit, color="black", linestyle="--", label=f"limit {limit:.0f}")
+    ax.set(title=title, xlabel=xlabel, ylabel="number of rows")
+    ax.legend()
+    return figure
+
+
+def bars(
+    values: dict[str, dict[str, float]], ylabel: str, title: str = "", errors: dict | None = None, ylim=None
+) -> Figure:
+    """Grouped bars: one group per measure, one colour per model. `errors`: the same shape, half-widths."""
+    measures = list(next(iter(values.values())))
+    figure, ax = plt.subplots(figsize=(max(6, 1.5 * len(measures)), 3.4))
+    width = 0.8 / len(values)
+    for index, (colour, (model, row)) in enumerate(zip(PALETTE, values.items(), strict=False)):
+        places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
+        half = [errors[model][name] for name in measures] if errors else None
+        drawn = ax.bar(places, [row[name] for name in measures], width * 0.95, color=colour, label=model, yerr=half, capsize=2)
+        ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
+    ax.set(title=title, ylabel=ylabel, xticks=range(len(measures)), ylim=ylim)
+    ax.set_xticklabels(measures, rotation=20 if len(measures) > 5 else 0, ha="right" if len(measures) > 5 else "center")
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    return figure
+
+
+def win_rates(rates: dict, title: str = "Win rate, 95 % interval over prompts") -> Figure:
+    """One dot with its interval per comparison; the dashed line is a draw. `rates`: {name: WinRate}."""
+    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(rates)))
+    for place, (name, rate) in enumerate(reversed(rates.items())):
+        low, high = rate.ci95
+        colour = CHOSEN if low > 0.5 else REJECTED if high < 0.5 else GREY
+        ax.plot([low, high], [place, place], color=colour, linewidth=3, alpha=0.5)
+        ax.plot(rate.rate, place, "o", color=colour)
+        ax.annotate(f"{rate.rate:.2f}", (rate.rate, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+    ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.set(title=title, xlabel="win rate (ties half)", xlim=(0, 1), ylim=(-0.6, len(rates) - 0.3))
+    ax.set_yticks(range(len(rates)), list(reversed(rates)))
+    return figure
+
+
+def sweep(
+    values: list[float], measures: dict[str, list[float]], xlabel: str, log: bool = True, limits: dict | None = None
+) -> Figure:
+    """One panel per measure against a swept setting. `limits`: {measure: value} drawn dashed."""
+    figure, axes = plt.subplots(1, len(measures), figsize=(3.6 * len(measures), 3.2), squeeze=False)
+    for ax, (name, points) in zip(axes.flat, measures.items(), strict=True):
+        ax.plot(values, points, "o-", color=OTHER)
+        if limits and name in limits:
+            ax.axhline(limits[name], color=REJECTED, linestyle="--", linewidth=1, label=f"limit {limits[name]:g}")
+            ax.legend()
+        if log:
+            ax.set_xscale("log")
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
+        ax.set(title=name, xlabel=xlabel)
+    return figure
+
+
+def heatmap(table, row_names: list[str], column_names: list[str], xlabel: str, ylabel: str, title: str = "") -> Figure:
+    """A small table of shares as colours, with its numbers written in."""
+    table = np.asarray(table, dtype=float)
+    figure, ax = plt.subplots(figsize=(1.4 + 1.1 * table.shape[1], 1.4 + 0.55 * table.shape[0]))
+    image = ax.imshow(table, cmap="viridis", aspect="auto")
+    middle = (np.nanmin(table) + np.nanmax(table)) / 2
+    for (row, column), value in np.ndenumerate(table):
+        ax.text(column, row, f"{value:.2f}", ha="center", va="center", color="black" if value > middle else "white")
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.set_xticks(range(len(column_names)), column_names)
+    ax.set_yticks(range(len(row_names)), row_names)
+    ax.grid(False)
+    figure.colorbar(image)
+    return figure

@@ -1,0 +1,181 @@
+"""Hardware tiers. A profile says which model and data a machine gets, and how each stage is trained on it."""
+
+import os
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+WORLD = "toyworld"  # data: the embedded preference world
+TINY = "tiny-gpt2"  # model: a GPT-2 built from a config, with its own tokenizer
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one stage is trained. A batch is what one optimiser step sees, over all processes."""
+
+    lr: float
+    epochs: float = 1.0
+    batch_size: int = 16  # rows per optimiser step, over all processes and accumulated micro-batches
+    micro_batch: int = 16  # rows per forward pass on one process; smaller than its share: gradient accumulation
+    beta: float = 0.1  # DPO: weight of the KL penalty (Rafailov et al. 2023, Eq. 3)
+    loss: str = "sigmoid"  # DPO: "sigmoid" or "ipo"
+    label_smoothing: float = 0.0  # DPO: assumed share of flipped labels
+    nll_weight: float = 0.0  # DPO: weight of the chosen answer's token-mean NLL
+    lambda_or: float = 0.0  # ORPO: weight of the odds-ratio term (Hong et al. 2024, Eq. 6)
+    nll_on_prompt: bool = False  # ORPO: does the NLL cover the prompt? TRL and the authors: yes
+    warmup: float = 0.1  # share of the steps
+    schedule: str = "linear"
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    evaluations: int = 6  # how often the held-out metrics are taken
+    patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never
+    keep_best: bool = False  # end with the weights of the best held-out loss instead of the last
+
+
+@dataclass(frozen=True)
+class Profile:
+    """One hardware tier. `folder` is where its runs go; `reason` says why it was chosen."""
+
+    name: str
+    recipes: dict[str, Recipe]
+    model: str = TINY
+    data: str = WORLD
+    sft_data: str | None = None  # demonstrations; None: the world's, or the chosen answers of `data`
+    # The embedded world and the tiny GPT-2.
+    objects: int = 8
+    plain_lines: int = 5000
+    demonstrations: int = 2000
+    layers: int = 2
+    width: int = 64
+    heads: int = 4
+    vocabulary: int = 800
+    # Sizes.
+    pairs: int | None = 2000  # training pairs; None: all
+    held_out: int = 250  # held-out pairs and evaluation prompts
+    samples: int = 4  # answers per evaluation prompt
+    sweep_epochs: float = 1.0  # length of each run in a notebook's sweep
+    max_length: int = 128  # tokens of prompt and response together
+    max_new_tokens: int = 64
+    # Full-size models.
+    lora: int = 0  # rank; 0: full fine-tuning
+    four_bit: bool = False
+    gradient_checkpointing: bool = False
+    optimizer: str = "adamw"  # or "paged_adamw_8bit"
+    reason: str = ""
+    overrides: tuple[str, ...] = field(default=())  # names of LAB_MODEL and LAB_DATA, when set
+
+    @property
+    def run_name(self) -> str:
+        """`cpu`, or `cpu@mydata` where LAB_MODEL or LAB_DATA replaces the profile's own."""
+        return "@".join((self.name, "+".join(self.overrides))) if self.overrides else self.name
+
+    @property
+    def folder(self) -> Path:
+        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`."""
+        return Path(os.environ.get("LAB_RUNS") or ROOT / "runs") / self.run_name
+
+
+def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
+    """Recipes of the two embedded profiles, which differ in learning rates, epochs and batch size only."""
+    return {
+        "base": Recipe(lr=base, **common),
+        "sft": Recipe(**sft, keep_best=True, **common),
+        "sft_chosen": Recipe(**sft, **common),
+        "reward": Recipe(lr=sft["lr"] / 3, epochs=2, **common),
+        "dpo_plain": Recipe(**plain, **common),
+        "dpo": Recipe(**dpo, nll_weight=1.0, **common),
+        "orpo": Recipe(**orpo, lambda_or=0.5, nll_on_prompt=True, **common),
+        "orpo_lambda0": Recipe(**orpo, lambda_or=0.0, nll_on_prompt=True, **common),
+    }
+
+
+def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Recipe]:
+    """Recipes of the full-size profiles: AdamW (0.9, 0.95), cosine after warm-up, 16 pairs a step (`CLAIMS`)."""
+    common = {"betas": (0.9, 0.95), "schedule": "cosine", "micro_batch": 2, "evaluations": 10, **common}
+    return {
+        "sft": Recipe(lr=sft, epochs=2, keep_best=True, patience=4, **common),
+        "sft_chosen": Recipe(lr=sft, epochs=2, **common),
+        "reward": Recipe(lr=sft, **common),
+        "dpo_plain": Recipe(lr=dpo, patience=4, **common),
+        "dpo": Recipe(lr=dpo, nll_weight=1.0, patience=4, **common),
+        "orpo": Recipe(lr=orpo, lambda_or=0.1, nll_on_prompt=True, patience=4, **common),
+        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, patience=4, **common),
+    }
+
+
+HUB = {"data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "max_length": 512, "max_new_tokens": 128}
+PROFILES = {
+    "smoke": Profile(
+        name="smoke", sweep_epochs=0.5, objects=4, plain_lines=2400, demonstrations=600, pairs=600, held_out=100, heads=2,
+        recipes=_tiny_recipes(
+            base=5e-3, sft={"lr": 4e-3, "epochs": 4}, dpo={"lr": 4e-4, "epochs": 3, "batch_size": 16},
+            plain={"lr": 1e-4, "epochs": 3, "batch_size": 16}, orpo={"lr": 4e-3, "epochs": 4}, evaluations=4,
+        ),
+    ),
+    "cpu": Profile(
+        name="cpu",
+        recipes=_tiny_recipes(
+            base=4e-3, sft={"lr": 3e-3, "epochs": 3}, dpo={"lr": 1.5e-4, "epochs": 3},
+            plain={"lr": 2e-5, "epochs": 3}, orpo={"lr": 3e-3, "epochs": 3},
+        ),
+    ),
+    # Learning rates: SFT 5e-5 (Transformers' fine-tuning of GPT-2); DPO 5e-6 and ORPO 1e-5 (`spec` pages' upper values).
+    "gpt2": Profile(name="gpt2", model="openai-community/gpt2", recipes=_hub_recipes(5e-5, 5e-6, 1e-5), **HUB),
+    # Learning rates: LoRA takes about ten times those of full fine-tuning (Hu et al. 2021, Table 11).
+    "qlora-7b": Profile(
+        name="qlora-7b", model="mistralai/Mistral-7B-v0.1", recipes=_hub_recipes(2e-4, 5e-6, 5e-5, micro_batch=1),
+        lora=16, four_bit=True, gradient_checkpointing=True, optimizer="paged_adamw_8bit", **HUB,
+    ),
+}
+
+
+def gpu_gigabytes() -> float:
+    """Memory of the first CUDA GPU in GB (1e9 bytes), 0.0 without one."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+
+
+def device_and_precision() -> tuple[str, str, str]:
+    """(device, dtype name, why) of this machine: bfloat16 from compute capability 8.0, float16 below, float32 on CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "cpu", "float32", "no CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+    return ("cuda", "bfloat16", name) if major >= 8 else ("cuda", "float16", name + ": no bfloat16, so loss scaling")
+
+
+def get_profile(name: str | None = None) -> Profile:
+    """The profile to use: `name`, else LAB_PROFILE, else by hardware; LAB_MODEL and LAB_DATA applied.
+
+    Raises: ValueError for an unknown profile.
+    """
+    name, reason = name or os.environ.get("LAB_PROFILE"), "asked for" if name else "LAB_PROFILE is set"
+    if not name:
+        gigabytes = gpu_gigabytes()
+        name = "gpt2" if gigabytes >= 8 else "cpu"
+        reason = f"LAB_PROFILE is not set; {f'a {gigabytes:.0f} GB CUDA GPU' if gigabytes else 'no CUDA GPU'} is here"
+    if name not in PROFILES:
+        raise ValueError(f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {', '.join(PROFILES)}.")
+    profile = replace(PROFILES[name], reason=reason)
+    model, data = os.environ.get("LAB_MODEL"), os.environ.get("LAB_DATA")
+    if model:
+        profile = replace(profile, model=model)
+        if "base" in profile.recipes:  # A pre-trained model needs the gentle recipes and a real context.
+            profile = replace(profile, recipes=PROFILES["gpt2"].recipes, max_length=max(profile.max_length, 256))
+    if data:
+        profile = replace(profile, data=data, max_length=max(profile.max_length, 256), max_new_tokens=96)
+        if profile.model == TINY:  # Free text needs more words than the world, and more room for them.
+            profile = replace(profile, vocabulary=max(profile.vocabulary, 4096), pairs=None)
+    names = tuple(_slug(value) for value in (model, data) if value)
+    return replace(profile, overrides=names)
+
+
+def _slug(source: str) -> str:
+    """A folder name from a hub id or a path: its last part without file endings."""
+    last = Path(source.rstrip("/")).name
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"(\.(jsonl|json|parquet|gz))+$", "", last)) or "custom"

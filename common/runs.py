@@ -1,0 +1,259 @@
+"""The run folder: where artifacts are, what they came from, and loading them with an error that helps.
+
+The only module that knows which notebook makes which stage.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+from datasets import Dataset
+
+from common import models
+from common.data import (
+    LabData,
+    load_lab_data,
+    tokenize_demonstrations,
+    tokenize_pairs,
+    tokenize_texts,
+)
+from common.profiles import Profile, device_and_precision, get_profile
+
+DPO_LAB, ORPO_LAB = "Lab-1.7-DPO_Alignment", "Lab-1.8-ORPO_Alignment"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the lineage: which model it starts from, what it learns from, which notebook makes it."""
+
+    parent: str | None
+    method: str  # "lm", "sft", "dpo", "orpo" or "reward"
+    rows: str  # "texts", "demonstrations" or "pairs"
+    notebook: str
+
+
+STAGES = {
+    "base": Stage(None, "lm", "texts", f"{DPO_LAB}/02-SFT_Baseline.ipynb"),
+    "sft": Stage("base", "sft", "demonstrations", f"{DPO_LAB}/02-SFT_Baseline.ipynb"),
+    "dpo_plain": Stage("sft", "dpo", "pairs", f"{DPO_LAB}/03-DPO_Training.ipynb"),
+    "dpo": Stage("sft", "dpo", "pairs", f"{DPO_LAB}/03-DPO_Training.ipynb"),
+    "sft_chosen": Stage("base", "sft", "pairs", f"{DPO_LAB}/04-Evaluation_and_Compare.ipynb"),
+    "reward": Stage("sft", "reward", "pairs", f"{DPO_LAB}/04-Evaluation_and_Compare.ipynb"),
+    "orpo": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
+    "orpo_lambda0": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
+}
+# Whatever decides a trained weight: a change here makes a finished run stale.
+SOURCES = ("toyworld", "data", "models", "logprobs", "losses", "evaluation", "loop", "training")
+
+
+class MissingRun(FileNotFoundError):
+    """A stage that was not trained yet. The message names the notebook and the command that make it."""
+
+
+def stage_of(name: str) -> Stage:
+    """The stage called `name`; a LoRA variant (`dpo_lora`) is the stage itself, trained through adapters.
+
+    Raises: ValueError for an unknown stage.
+    """
+    if name.removesuffix("_lora") not in STAGES:
+        raise ValueError(f"Unknown stage {name!r}. Choose one of: {', '.join(STAGES)} (or one of them with _lora).")
+    return STAGES[name.removesuffix("_lora")]
+
+
+def digest(value) -> str:
+    """A short fingerprint of anything JSON can write."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide a result."""
+    return {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "datasets")}
+
+
+def source_digest() -> str:
+    """Fingerprint of the modules of `common` that decide a trained weight."""
+    folder = Path(__file__).parent
+    return digest([(folder / f"{name}.py").read_text(encoding="utf-8") for name in SOURCES])
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its place in one rename, or never: no half-written file or folder.
+
+    Raises: OSError with what to do when the disk is full or the folder cannot be written; `target` is then untouched.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except PermissionError as error:
+        raise PermissionError(f"No permission to write in {target.parent}. Set LAB_RUNS to a folder you own.") from error
+    try:
+        yield scratch / target.name
+        for path in (scratch / target.name, *(scratch / target.name).rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        if target.is_dir():
+            os.replace(target, scratch / "old")
+        os.replace(scratch / target.name, target)
+    except OSError as error:
+        if error.errno == 28:
+            raise OSError(
+                28, f"The disk is full: {target} was not written, and what was there before is intact. "
+                "Free some space (old runs are in the runs folder) and run again; training resumes."
+            ) from error  # fmt: skip
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes JSON whole or not at all. NaN is refused (ValueError): no report holds one."""
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Writes JSON lines whole or not at all."""
+    with written_whole(path) as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+@dataclass
+class Lab:
+    """What a notebook works with: the profile, the seed, and lazily its data, tokenizer and trained stages."""
+
+    profile: Profile
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The run folder of this profile and seed."""
+        return self.profile.folder / f"seed-{self.seed}" if self.seed else self.profile.folder
+
+    @cached_property
+    def data(self) -> LabData:
+        return load_lab_data(self.profile, self.seed)
+
+    @cached_property
+    def tokenizer(self):
+        if not models.is_tiny(self.profile):
+            return models.load_tokenizer(self.profile.model)
+        texts = [*self.data.texts, *(row["prompt"] + row["chosen"] for row in self.data.demonstrations)]
+        return models.train_tokenizer(texts, self.profile.vocabulary)
+
+    @cached_property
+    def train_pairs(self) -> Dataset:
+        """Tokenised training pairs; the report of dropped and cut rows is in `data.reports["train tokens"]`."""
+        return self._tokenize(tokenize_pairs, self.data.train, "train tokens")
+
+    @cached_property
+    def test_pairs(self) -> Dataset:
+        """Tokenised held-out pairs."""
+        return self._tokenize(tokenize_pairs, self.data.test, "test tokens")
+
+    @cached_property
+    def demonstrations(self) -> Dataset:
+        """Tokenised demonstrations for SFT."""
+        return self._tokenize(tokenize_demonstrations, self.data.demonstrations, "demonstration tokens")
+
+    @cached_property
+    def texts(self) -> Dataset:
+        """Tokenised plain text for the base model."""
+        return tokenize_texts(self.data.texts, self.tokenizer, self.profile.max_length)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Held-out prompts that leave room for a whole answer; the others are counted in `data.reports["prompts"]`."""
+        room = self.profile.max_length - self.profile.max_new_tokens
+        lengths = [len(ids) for ids in self.tokenizer(self.data.prompts)["input_ids"]]
+        kept = [prompt for prompt, length in zip(self.data.prompts, lengths, strict=True) if length <= room]
+        if not kept:
+            raise ValueError(f"No held-out prompt is within {room} tokens: raise max_length or use shorter prompts.")
+        self._dropped_prompts = len(lengths) - len(kept)
+        return kept
+
+    def _tokenize(self, tokenize, rows, name: str) -> Dataset:
+        rows, self.data.reports[name] = tokenize(rows, self.tokenizer, self.profile.max_length)
+        return rows
+
+    def path(self, stage: str, sweep: str | None = None) -> Path:
+        """The folder of a stage, or of a run in a sweep (`sweeps/<name>/`)."""
+        stage_of(stage)
+        return self.folder / "sweeps" / sweep if sweep else self.folder / stage
+
+    def record(self, stage: str, sweep: str | None = None) -> dict:
+        """`run.json` of a finished run. Raises: MissingRun."""
+        path = self.path(stage, sweep) / "run.json"
+        if not path.exists():
+            seed = f" --seed {self.seed}" if self.seed else ""
+            raise MissingRun(
+                f"No finished run of stage {stage!r} in {path.parent}. Run the notebook {stage_of(stage).notebook} first, "
+                f"or: python -m common.train {stage} --profile {self.profile.name}{seed}"
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def metrics(self, stage: str, sweep: str | None = None) -> list[dict]:
+        """`metrics.jsonl` of a finished run, one dict per logged step. Raises: MissingRun."""
+        self.record(stage, sweep)
+        return read_metrics(self.path(stage, sweep))
+
+    def has_own_weights(self, stage: str) -> bool:
+        """False for the base of a pre-trained profile, which is the hub's model itself."""
+        return stage != "base" or models.is_tiny(self.profile)
+
+    def source(self, stage: str, sweep: str | None = None) -> str:
+        """Where `load` finds the weights: a run folder or a hub id. Raises: MissingRun."""
+        if not self.has_own_weights(stage):
+            return self.profile.model
+        self.record(stage, sweep)
+        return str(self.path(stage, sweep))
+
+    def load(self, stage: str, sweep: str | None = None):
+        """The model of a finished stage, in evaluation mode. Raises: MissingRun, models.ModelError."""
+        reward = stage_of(stage).method == "reward"
+        return models.load_model(self.source(stage, sweep), self.profile, reward_head=reward).eval()
+
+    def save_report(self, name: str, report: dict) -> Path:
+        """Writes `<run folder>/<name>.json`, whole or not at all."""
+        path = self.folder / f"{name}.json"
+        write_json(path, report)
+        return path
+
+    def fingerprint_parts(self, stage: str, recipe, rows: list, parent: str | None, reference: str | None) -> dict:
+        """Everything that decides the weights of a run, named, so that a stale run can say what changed."""
+        profile = {k: v for k, v in asdict(self.profile).items() if k not in ("recipes", "reason", "overrides", "samples")}
+        return {
+            "stage": stage, "settings": digest([asdict(recipe), profile]), "seed": self.seed,
+            "data": digest([rows, self.test_pairs.to_list()]),
+            "parent": parent, "reference": reference, "device": device_and_precision()[:2],
+            "versions": versions(), "source": source_digest(),
+        }  # fmt: skip
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """`metrics.jsonl` in `folder`, one dict per logged step; [] if there is none."""
+    path = folder / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+
+
+def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
+    """Opens the lab and prints which profile, device, precision and seed are used, and why.
+
+    Raises: ValueError for an unknown profile.
+    """
+    chosen = get_profile(profile)
+    seed = int(os.environ.get("LAB_SEED", "0")) if seed is None else seed
+    device, dtype, why = device_and_precision()
+    print(f"profile   {chosen.run_name} ({chosen.reason})")
+    print(f"device    {device}, {dtype} ({why})")
+    print(f"model     {chosen.model}\ndata      {Path(chosen.data).name}\nseed      {seed}")
+    return Lab(chosen, seed)

@@ -1,0 +1,51 @@
+"""Trains one stage outside a notebook: `python -m common.train STAGE`, also under `torchrun` on several processes."""
+
+import argparse
+import ast
+import dataclasses
+import sys
+
+from common.profiles import PROFILES, Recipe
+from common.runs import STAGES, open_lab
+from common.training import train
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parses the command line, trains, and prints the final metrics. Returns the exit status."""
+    fields = {field.name for field in dataclasses.fields(Recipe)}
+    parser = argparse.ArgumentParser(prog="python -m common.train", description=__doc__)
+    parser.add_argument("stage", help=f"one of: {', '.join(STAGES)}, or one of them with _lora")
+    parser.add_argument("--profile", choices=PROFILES, help="default: LAB_PROFILE, else by hardware")
+    parser.add_argument("--seed", type=int, help="default: LAB_SEED, else 0")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint of the same settings")
+    parser.add_argument("--sweep", metavar="NAME", help="keep the run in sweeps/NAME, beside the stage's own")
+    parser.add_argument("--checkpoint-every", type=int, metavar="STEPS", help="default: at every evaluation")
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE",
+                        help=f"change a hyper-parameter: {', '.join(sorted(fields))}")  # fmt: skip
+    options = parser.parse_args(arguments)
+    changes = {}
+    for setting in options.set:
+        name, _, value = setting.partition("=")
+        if name not in fields:
+            parser.error(f"--set {setting}: unknown field {name!r}; choose from {', '.join(sorted(fields))}")
+        try:
+            changes[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            changes[name] = value
+    try:
+        lab = open_lab(options.profile, options.seed)
+        run = train(
+            lab, options.stage, sweep=options.sweep, resume=options.resume, checkpoint_every=options.checkpoint_every,
+            **changes,
+        )  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for name, value in run.record["final"].items():
+        print(f"{name:28s} {value:10.4f}")
+    print(f"saved in {run.folder}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Trains a stage: its lineage, the reuse of finished runs, and the folder a finished run leaves."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from accelerate.utils import set_seed
+from datasets import Dataset
+
+from common import checkpoints, models
+from common.data import tokenize_pairs
+from common.loop import Trainer
+from common.profiles import device_and_precision
+from common.runs import Lab, digest, read_metrics, stage_of, versions, write_json, written_whole
+
+
+@dataclass
+class Run:
+    """A finished run: the model in evaluation mode, `run.json` and `metrics.jsonl`."""
+
+    model: torch.nn.Module
+    record: dict
+    metrics: list[dict]
+    folder: Path
+
+
+def _rows_of(lab: Lab, stage: str, pairs: Dataset | None) -> tuple[list[dict], list[dict]]:
+    """(training rows, held-out rows) of a stage, tokenised. Texts and demonstrations hold out their last twentieth."""
+    kind = stage_of(stage).rows
+    if kind == "pairs":
+        own = lab.train_pairs if pairs is None else tokenize_pairs(pairs, lab.tokenizer, lab.profile.max_length)[0]
+        return own.to_list(), lab.test_pairs.to_list()
+    rows = (lab.texts if kind == "texts" else lab.demonstrations).to_list()
+    held_out = max(1, len(rows) // 20)
+    return rows[:-held_out], rows[-held_out:]
+
+
+def _reusable(lab: Lab, stage: str, sweep: str | None, fingerprint: str, parts: dict) -> dict | None:
+    """The record of a finished run with this fingerprint, or None, saying what changed since."""
+    path = lab.path(stage, sweep) / "run.json"
+    if not path.exists():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if record["fingerprint"] == fingerprint:
+        print(f"{sweep or stage}: reused, trained before in {record['wall_seconds']:.0f} s (same fingerprint {fingerprint})")
+        return record
+    changed = [name for name, value in parts.items() if record["fingerprint_parts"].get(name) != json.loads(json.dumps(value))]
+    print(f"{sweep or stage}: trained again, since it changed in: {', '.join(changed) or 'format'}")
+    return None
+
+
+def train(
+    lab: Lab, stage: str, *, sweep: str | None = None, parent: str | None = None, reference: str | None = None,
+    pairs: Dataset | None = None, resume: bool = True, live: bool = False, checkpoint_every: int | None = None, **changes,
+) -> Run:  # fmt: skip
+    """Trains a stage, or returns the finished run whose fingerprint matches.
+
+    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `parent`, `reference`: other stages
+        to start from and to compare with (default: the stage's parent, for both; ORPO takes a reference only to report
+        KL against it). `pairs`: other training pairs (prompt, chosen, rejected). `resume`: go on from this run's newest
+        checkpoint, if its fingerprint matches. `live`: draw the curves while it trains. `changes`: fields of Recipe.
+    Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained; TrainingError for a loss
+        that is not finite; CheckpointError when the disk is full.
+    """
+    kind = stage_of(stage)
+    recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
+    parent = parent or kind.parent
+    reference = reference or (parent if kind.method == "dpo" else None)
+    lora = bool(lab.profile.lora) or stage.endswith("_lora")
+    rows, held_out = _rows_of(lab, stage, pairs)
+
+    def lineage(name: str | None) -> str | None:
+        return lab.record(name)["fingerprint"] if name and lab.has_own_weights(name) else name and lab.profile.model
+
+    parts = lab.fingerprint_parts(stage, recipe, rows, lineage(parent), lineage(reference))
+    fingerprint, folder = digest(parts), lab.path(stage, sweep)
+    if record := _reusable(lab, stage, sweep, fingerprint, parts):
+        return Run(lab.load(stage, sweep), record, read_metrics(folder), folder)
+
+    trainer = Trainer(lab, stage, recipe, rows, held_out, folder)
+    parent_model = _parent_model(lab, kind.method, parent)
+    adapter_is_reference = lora and reference == parent
+    trainer.build(parent_model, None if adapter_is_reference or not reference else models.frozen_copy(lab.load(reference)))
+    metrics = trainer.run(fingerprint, resume, live, checkpoint_every)
+    record = _record(trainer, metrics, fingerprint, parts, parent, reference)
+    model = _save(trainer, record, lab.source(parent) if parent else None)
+    return Run(model, record, metrics, folder)
+
+
+def _parent_model(lab: Lab, method: str, parent: str | None):
+    """The weights a stage starts from: a new tiny model for `base`, else its parent."""
+    if parent is None:
+        device = device_and_precision()[0]
+        return models.new_tiny_model(lab.profile, lab.tokenizer, lab.seed).to(device)
+    source = lab.source(parent)
+    set_seed(lab.seed)  # a reward model's new head
+    model = models.load_model(source, lab.profile, reward_head=method == "reward")
+    models.check_context(model, lab.profile)
+    return model
+
+
+def _record(
+    trainer: Trainer, metrics: list[dict], fingerprint: str, parts: dict, parent: str | None, reference: str | None
+) -> dict:
+    """`run.json`, whose keys DESIGN fixes."""
+    profile, state = trainer.lab.profile, trainer.state
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    final = {name: value for name, value in metrics[-1].items() if name not in ("step", "lr", "tokens")}
+    return {
+        "stage": trainer.stage, "profile": profile.run_name, "seed": trainer.lab.seed, "parent": parent,
+        "reference": reference, "fingerprint": fingerprint, "fingerprint_parts": parts, "model": profile.model,
+        "dataset": trainer.lab.data.name, "n_pairs": len(trainer.rows), "hyperparameters": asdict(trainer.recipe),
+        "steps": state["step"], "best_step": state.get("best_step"), "stopped_early": state["stopped_early"],
+        "train_tokens": state["tokens"], "train_flops": state["flops_per_token"] * state["padded"],
+        "wall_seconds": state["wall"], "cpu_seconds": state["cpu"], "peak_memory_bytes": state["peak"],
+        "device": device, "processes": trainer.accelerator.num_processes, "versions": versions(),
+        "warnings": state["warnings"], "final": final,
+    }  # fmt: skip
+
+
+def _save(trainer: Trainer, record: dict, parent_source: str | None):
+    """Writes the finished model, whole weights even after LoRA, and `run.json` last. Returns the model."""
+    model = trainer.accelerator.unwrap_model(trainer.policy)
+    if trainer.recipe.keep_best:
+        trainer.accelerator.wait_for_everyone()
+        checkpoints.load_best(model, trainer.folder)
+    if trainer.lora:
+        model = models.merge_lora(model, parent_source, trainer.lab.profile)
+    model.eval()
+    if trainer.accelerator.is_main_process:
+        with written_whole(trainer.folder / "model") as scratch:
+            model.save_pretrained(scratch)
+            trainer.lab.tokenizer.save_pretrained(scratch)
+        for path in (trainer.folder / "model").iterdir():
+            path.replace(trainer.folder / path.name)
+        (trainer.folder / "model").rmdir()
+        write_json(trainer.folder / "run.json", record)
+        checkpoints.remove(trainer.folder)
+    trainer.accelerator.wait_for_everyone()
+    trainer.accelerator.free_memory()
+    return model

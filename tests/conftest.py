@@ -1,0 +1,24 @@
+"""Every test runs on the smoke profile, offline, in a fresh run folder. Subprocesses inherit this."""
+
+import os
+import tempfile
+
+for name in [name for name in os.environ if name.startswith("LAB_")]:
+    del os.environ[name]  # a developer's LAB_MODEL, LAB_DATA, … must not reach a test
+
+os.environ.update(
+    LAB_PROFILE="smoke",
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MPLBACKEND="Agg",
+)
+# Read by torch when it is imported: with tensors this small, more threads only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+
+
+def pytest_configure(config):
+    folder = tempfile.TemporaryDirectory(prefix="labs-")
+    os.environ["LAB_RUNS"] = folder.name
+    config.add_cleanup(folder.cleanup)
