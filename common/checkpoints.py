@@ -53,9 +53,9 @@ def save(accelerator, folder: Path, state: dict) -> None:
         before = newest(folder)
         intact = f"The one of step {read_state(before)['step']} is intact" if before else "There is none before it"
         raise CheckpointError(
-            f"The checkpoint of step {state['step']} could not be written to {folder} ({type(error).__name__}: {error}). "
+            f"The checkpoint of step {state['step']} was not written to {folder} ({type(error).__name__}: {error}). "
             f"{intact}. "
-            f"Free some space ({shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free) or set LAB_RUNS, then resume."
+            f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free: make room or set LAB_RUNS, then resume."
         ) from error
     accelerator.wait_for_everyone()
 
@@ -68,7 +68,8 @@ def remove(folder: Path) -> None:
 
 def save_best(model, folder: Path) -> None:
     """Keeps the trainable weights of the best evaluation so far, in `best/`."""
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in model.named_parameters() if weight.requires_grad}
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in trained}
     (folder / "best").mkdir(parents=True, exist_ok=True)
     save_file(weights, folder / "best" / "partial.safetensors")
     os.replace(folder / "best" / "partial.safetensors", folder / "best" / "weights.safetensors")

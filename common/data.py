@@ -17,6 +17,7 @@ from common.toyworld import World
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HELD_OUT_SHARE = 10  # one prompt in ten of a local file is held out
+COLUMNS = ("prompt", "chosen", "rejected")
 FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
 
 
@@ -90,7 +91,7 @@ def _read_jsonl(path: Path) -> list[dict]:
                 try:
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
-                    raise DataError(f"{path.name}, line {number}: not valid JSON ({error}). Mend or remove it.") from None
+                    raise DataError(f"{path.name}, line {number}: not valid JSON ({error}). Mend it.") from None
     return rows
 
 
@@ -153,7 +154,7 @@ def load_pairs(source, split: str | None = None, limit: int | None = None) -> tu
         if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
             found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
             raise DataError(f"{report.source}: a row needs the columns chosen and rejected; this one has: {found}.")
-        if wrong := [name for name in ("prompt", "chosen", "rejected") if not isinstance(row.get(name, ""), str | None)]:
+        if wrong := [name for name in COLUMNS if not isinstance(row.get(name, ""), str | None)]:
             raise DataError(f"{report.source}: column {wrong[0]} must hold text, not {type(row[wrong[0]]).__name__}.")
         pair = _to_pair(row)
         if local and split and not isinstance(pair, str) and _held_out(pair["prompt"]) != (split == "test"):
@@ -239,7 +240,7 @@ def tokenize_texts(texts: list[str], tokenizer, max_length: int) -> Dataset:
 
 
 def collate(
-    rows: list[dict], pad_id: int = 0, device: str | torch.device = "cpu", sides: tuple[str, ...] = ("chosen", "rejected")
+    rows: list[dict], pad_id: int = 0, device: str | torch.device = "cpu", sides: tuple = ("chosen", "rejected")
 ) -> dict[str, torch.Tensor]:
     """A batch from tokenised rows: prompt and `sides` right-padded, (batch, length), with their lengths, (batch,).
 
@@ -278,7 +279,8 @@ def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
         world = World(profile.objects, seed)
         train, report = load_pairs(world.pairs(profile.pairs))
         test, test_report = load_pairs(world.held_out_pairs(profile.held_out))
-        shown = [{"prompt": row["prompt"], "chosen": row["response"]} for row in world.demonstrations(profile.demonstrations)]
+        demonstrated = world.demonstrations(profile.demonstrations)
+        shown = [{"prompt": row["prompt"], "chosen": row["response"]} for row in demonstrated]
         prompts = [question.prompt for question in world.questions(profile.held_out)]
         texts, demonstrations = world.plain_text(profile.plain_lines), Dataset.from_list(shown)
     else:

@@ -99,7 +99,7 @@ def generate(
     ids = [row for row in tokenizer(prompts)["input_ids"] for _ in range(samples)]
     room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max(map(len, ids))
     if room < max_new_tokens:
-        raise ValueError(f"The longest prompt leaves room for {room} of {max_new_tokens} new tokens: drop or shorten it.")
+        raise ValueError(f"The longest prompt leaves room for {room} of {max_new_tokens} new tokens: shorten it.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     flat, training = [], model.training
     model.eval()
@@ -185,7 +185,8 @@ def measure(lab: Lab, model, reference, temperature: float = 1.0) -> tuple[dict,
     policy = logps_of(model, lab.test_pairs)
     shared = preference_metrics(policy, logps_of(reference, lab.test_pairs))
     kl = kl_on_samples(model, reference, answers)
-    return {"perplexity": perplexity(policy.chosen), "kl": kl, **shared, **text_measures(answers, lab.data.world)}, answers
+    seen = text_measures(answers, lab.data.world)
+    return {"perplexity": perplexity(policy.chosen), "kl": kl, **shared, **seen}, answers
 
 
 def win_rate(verdicts, resamples: int = 2000, seed: int = 0) -> WinRate:

@@ -141,7 +141,7 @@ class Trainer:
         if not all(map(math.isfinite, values.values())):
             raise TrainingError(
                 f"The loss is not finite at step {self.state['step'] + 1} (rows {numbers}): {values}. The weights are "
-                f"still those of step {self.state['step']}. Look at these rows for broken text, or lower the learning rate."
+                f"still those of step {self.state['step']}. Look for broken text in these rows, or lower the rate."
             )
         accelerator.clip_grad_norm_(self.policy.parameters(), self.recipe.clip)
         lr = self.optimizer.param_groups[0]["lr"]
@@ -149,7 +149,8 @@ class Trainer:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.state["step"] += 1
-        self.state["tokens"] += sum(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in self.sides)
+        seen = [len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in self.sides]
+        self.state["tokens"] += sum(seen)
         return {"step": self.state["step"], "lr": lr, "tokens": self.state["tokens"], **values}
 
     def padded(self, batch: dict) -> int:
@@ -170,7 +171,8 @@ class Trainer:
         test, recipe = self.lab.test_pairs, replace(self.recipe, nll_on_prompt=False)
         if self.method == "reward":
             self.policy.eval()
-            loss, metrics = reward_objective(self.model, collate(self.held_out, self.pad, self.model.device), len(self.held_out))
+            batch = collate(self.held_out, self.pad, self.model.device)
+            loss, metrics = reward_objective(self.model, batch, len(self.held_out))
             return {f"held_out_{name}": float(value) for name, value in {"loss": loss, **metrics}.items()}
         pairs = logps_of(self.model, test, self.pad)
         own = pairs if "rejected_ids" in self.held_out[0] else logps_of(self.model, self.held_out, self.pad)
@@ -179,8 +181,8 @@ class Trainer:
                 self.held_out_reference = logps_of(reference, test, self.pad)
         count, tokens = len(self.held_out), losses.scored_tokens(self.held_out, recipe)
         loss, metrics = losses.objective(self.method, recipe, own, self.held_out_reference, count, tokens)
-        metrics |= {"loss": loss, "logps_chosen": pairs.chosen.sums.mean(), "logps_rejected": pairs.rejected.sums.mean()}
-        metrics |= {"nll": -own.chosen.sums.sum() / own.chosen.lengths.sum()}
+        metrics |= {"loss": loss, "nll": losses.sft_loss(own.chosen.sums, own.chosen.lengths)}
+        metrics |= {"logps_chosen": pairs.chosen.sums.mean(), "logps_rejected": pairs.rejected.sums.mean()}
         if self.method == "dpo" or self.reference is not None:
             metrics |= self.sample()
         return {f"held_out_{name}": float(value) for name, value in metrics.items()}
@@ -228,7 +230,8 @@ class Trainer:
             metrics = [{"step": 0, **self.evaluate()}]
             write_lines(self.folder / "metrics.jsonl", metrics) if main else None
         figure = LiveFigure(self.stage, self.steps) if live and main else None
-        process, clock = psutil.Process(), (time.perf_counter() - self.state["wall"], time.process_time() - self.state["cpu"])
+        process = psutil.Process()
+        clock = time.perf_counter() - self.state["wall"], time.process_time() - self.state["cpu"]
         bar = tqdm(total=self.steps, initial=self.state["step"], desc=self.stage, disable=not main)
         while self.state["step"] < self.steps and not self.state["stopped_early"]:
             row = self.step()
@@ -265,7 +268,8 @@ class Trainer:
             self.state["since_best"] += 1
             if self.recipe.patience and self.state["since_best"] >= self.recipe.patience:
                 self.state["stopped_early"] = True
-                print(f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at {self.state['best_step']}")
+                best = self.state["best_step"]
+                print(f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at step {best}")
 
 
 def signs_of_over_optimisation(metrics: list[dict]) -> list[str]:

@@ -42,7 +42,7 @@ class ModelError(RuntimeError):
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with separate EOS and pad tokens and the course's chat template."""
+    """A byte-level BPE tokenizer trained on `texts`, with separate EOS and pad tokens and our chat template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -64,8 +64,9 @@ def _from_hub(load, source: str, **options):
         return load(source, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
-            f"Could not load {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). To go on offline, point "
-            "LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, which needs no download. "
+            f"Could not load {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "To go on offline, point LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, "
+            "which needs no download. "
             "A gated model needs its licence accepted on the hub and `hf auth login`."
         ) from error
 
@@ -120,7 +121,7 @@ def check_context(model, profile: Profile) -> None:
     """Raises ModelError if the model has fewer positions than the profile's max_length."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions < profile.max_length:
-        raise ModelError(f"The model has {positions} positions, the profile needs {profile.max_length}. Use a longer model.")
+        raise ModelError(f"The model has {positions} positions, the profile needs {profile.max_length}: too short.")
 
 
 def add_lora(model, profile: Profile):

@@ -17,12 +17,14 @@ PALETTE = (OTHER, CHOSEN, REJECTED, "#b07aa1", "#e0a12e", "#4fb3bf")
 # Panels of training curves: title, unit, and the metrics drawn in it with label and colour.
 PANELS = {
     "loss": ("Loss", "nats", {"loss": ("training", GREY), "held_out_loss": ("held out", OTHER)}),
-    "nll": ("NLL of the chosen answer", "nats per token", {"nll": ("training", GREY), "held_out_nll": ("held out", OTHER)}),
+    "nll": ("NLL of the chosen answer", "nats per token", {
+        "nll": ("training", GREY), "held_out_nll": ("held out", OTHER)}),
     "logps": ("Log-probability of an answer, held out", "nats", {
         "held_out_logps_chosen": ("chosen", CHOSEN), "held_out_logps_rejected": ("rejected", REJECTED)}),
     "rewards": ("Implicit reward (β included)", "nats", {
         "rewards_chosen": ("chosen", CHOSEN), "rewards_rejected": ("rejected", REJECTED)}),
-    "margin": ("Reward margin (β included)", "nats", {"margin": ("training", GREY), "held_out_margin": ("held out", OTHER)}),
+    "margin": ("Reward margin (β included)", "nats", {
+        "margin": ("training", GREY), "held_out_margin": ("held out", OTHER)}),
     "accuracy": ("Preference accuracy", "share of pairs", {
         "accuracy": ("training", GREY), "held_out_accuracy": ("held out", OTHER)}),
     "kl": ("KL to the reference, on samples", "nats per answer", {"held_out_kl": ("held out", OTHER)}),
@@ -139,7 +141,8 @@ def bars(
     for index, (colour, (model, row)) in enumerate(zip(PALETTE, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
         half = [errors[model][name] for name in measures] if errors else None
-        drawn = ax.bar(places, [row[name] for name in measures], width * 0.95, color=colour, label=model, yerr=half, capsize=2)
+        heights = [row[name] for name in measures]
+        drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model, yerr=half, capsize=2)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.set(title=title, ylabel=ylabel, xticks=range(len(measures)), ylim=ylim)
     ax.set_xticklabels(measures, rotation=20 if len(measures) > 5 else 0, ha="right" if len(measures) > 5 else "center")
@@ -150,12 +153,13 @@ def bars(
 def win_rates(rates: dict, title: str = "Win rate, 95 % interval over prompts") -> Figure:
     """One dot with its interval per comparison; the dashed line is a draw. `rates`: {name: WinRate}."""
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(rates)))
-    for place, (name, rate) in enumerate(reversed(rates.items())):
+    for place, rate in enumerate(reversed(rates.values())):
         low, high = rate.ci95
         colour = CHOSEN if low > 0.5 else REJECTED if high < 0.5 else GREY
         ax.plot([low, high], [place, place], color=colour, linewidth=3, alpha=0.5)
         ax.plot(rate.rate, place, "o", color=colour)
-        ax.annotate(f"{rate.rate:.2f}", (rate.rate, place), xytext=(0, 6), textcoords="offset points", ha="center", fontsize=8)
+        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
+        ax.annotate(f"{rate.rate:.2f}", (rate.rate, place), **above)
     ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
     ax.set(title=title, xlabel="win rate (ties half)", xlim=(0, 1), ylim=(-0.6, len(rates) - 0.3))
     ax.set_yticks(range(len(rates)), list(reversed(rates)))

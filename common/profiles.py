@@ -105,12 +105,16 @@ def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Rec
     }
 
 
-HUB = {"data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "max_length": 512, "max_new_tokens": 128}
+HUB = {
+    "data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "sweep_epochs": 0.02, "max_length": 512,
+    "max_new_tokens": 128,
+}  # fmt: skip
 PROFILES = {
     "smoke": Profile(
-        name="smoke", sweep_epochs=0.5, objects=4, plain_lines=2400, demonstrations=600, pairs=600, held_out=100, heads=2,
+        name="smoke", sweep_epochs=0.5, objects=4, plain_lines=4000, demonstrations=2400, pairs=600, held_out=100,
+        heads=2,
         recipes=_tiny_recipes(
-            base=5e-3, sft={"lr": 4e-3, "epochs": 4}, dpo={"lr": 4e-4, "epochs": 3, "batch_size": 16},
+            base=5e-3, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 4e-4, "epochs": 3, "batch_size": 16},
             plain={"lr": 1e-4, "epochs": 3, "batch_size": 16}, orpo={"lr": 4e-3, "epochs": 4}, evaluations=4,
         ),
     ),
@@ -121,7 +125,7 @@ PROFILES = {
             plain={"lr": 2e-5, "epochs": 3}, orpo={"lr": 3e-3, "epochs": 3},
         ),
     ),
-    # Learning rates: SFT 5e-5 (Transformers' fine-tuning of GPT-2); DPO 5e-6 and ORPO 1e-5 (`spec` pages' upper values).
+    # Learning rates: SFT 5e-5 (a usual rate for fine-tuning GPT-2); DPO 5e-6 and ORPO 1e-5 (upper values of the pages).
     "gpt2": Profile(name="gpt2", model="openai-community/gpt2", recipes=_hub_recipes(5e-5, 5e-6, 1e-5), **HUB),
     # Learning rates: LoRA takes about ten times those of full fine-tuning (Hu et al. 2021, Table 11).
     "qlora-7b": Profile(
@@ -139,7 +143,7 @@ def gpu_gigabytes() -> float:
 
 
 def device_and_precision() -> tuple[str, str, str]:
-    """(device, dtype name, why) of this machine: bfloat16 from compute capability 8.0, float16 below, float32 on CPU."""
+    """(device, dtype name, why): bfloat16 from compute capability 8.0, float16 below, float32 on CPU."""
     import torch
 
     if not torch.cuda.is_available():

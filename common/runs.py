@@ -94,7 +94,7 @@ def written_whole(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     except PermissionError as error:
-        raise PermissionError(f"No permission to write in {target.parent}. Set LAB_RUNS to a folder you own.") from error
+        raise PermissionError(f"No permission to write in {target.parent}. Set LAB_RUNS to your own folder.") from error
     try:
         yield scratch / target.name
         for path in (scratch / target.name, *(scratch / target.name).rglob("*")):
@@ -196,7 +196,8 @@ class Lab:
         if not path.exists():
             seed = f" --seed {self.seed}" if self.seed else ""
             raise MissingRun(
-                f"No finished run of stage {stage!r} in {path.parent}. Run the notebook {stage_of(stage).notebook} first, "
+                f"No finished run of stage {stage!r} in {path.parent}. "
+                f"Run the notebook {stage_of(stage).notebook} first, "
                 f"or: python -m common.train {stage} --profile {self.profile.name}{seed}"
             )
         return json.loads(path.read_text(encoding="utf-8"))
@@ -230,7 +231,8 @@ class Lab:
 
     def fingerprint_parts(self, stage: str, recipe, rows: list, parent: str | None, reference: str | None) -> dict:
         """Everything that decides the weights of a run, named, so that a stale run can say what changed."""
-        profile = {k: v for k, v in asdict(self.profile).items() if k not in ("recipes", "reason", "overrides", "samples")}
+        without = ("recipes", "reason", "overrides", "samples", "sweep_epochs")
+        profile = {name: value for name, value in asdict(self.profile).items() if name not in without}
         return {
             "stage": stage, "settings": digest([asdict(recipe), profile]), "seed": self.seed,
             "data": digest([rows, self.test_pairs.to_list()]),

@@ -43,23 +43,25 @@ def _reusable(lab: Lab, stage: str, sweep: str | None, fingerprint: str, parts: 
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["fingerprint"] == fingerprint:
-        print(f"{sweep or stage}: reused, trained before in {record['wall_seconds']:.0f} s (same fingerprint {fingerprint})")
+        print(f"{sweep or stage}: reused, trained before in {record['wall_seconds']:.0f} s (fingerprint {fingerprint})")
         return record
-    changed = [name for name, value in parts.items() if record["fingerprint_parts"].get(name) != json.loads(json.dumps(value))]
+    before, now = record["fingerprint_parts"], json.loads(json.dumps(parts))
+    changed = [name for name in now if before.get(name) != now[name]]
     print(f"{sweep or stage}: trained again, since it changed in: {', '.join(changed) or 'format'}")
     return None
 
 
 def train(
     lab: Lab, stage: str, *, sweep: str | None = None, parent: str | None = None, reference: str | None = None,
-    pairs: Dataset | None = None, resume: bool = True, live: bool = False, checkpoint_every: int | None = None, **changes,
+    pairs: Dataset | None = None, resume: bool = True, live: bool = False, checkpoint_every: int | None = None,
+    **changes,
 ) -> Run:  # fmt: skip
     """Trains a stage, or returns the finished run whose fingerprint matches.
 
-    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `parent`, `reference`: other stages
-        to start from and to compare with (default: the stage's parent, for both; ORPO takes a reference only to report
-        KL against it). `pairs`: other training pairs (prompt, chosen, rejected). `resume`: go on from this run's newest
-        checkpoint, if its fingerprint matches. `live`: draw the curves while it trains. `changes`: fields of Recipe.
+    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `parent`, `reference`: other
+        stages to start from and to compare with (default: the stage's parent, for both; ORPO takes a reference only to
+        report KL against it). `pairs`: other training pairs (prompt, chosen, rejected). `resume`: go on from the newest
+        checkpoint of this run, if its fingerprint matches. `live`: draw the curves while it trains. `changes`: fields of Recipe.
     Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained; TrainingError for a loss
         that is not finite; CheckpointError when the disk is full.
     """
@@ -80,8 +82,8 @@ def train(
 
     trainer = Trainer(lab, stage, recipe, rows, held_out, folder)
     parent_model = _parent_model(lab, kind.method, parent)
-    adapter_is_reference = lora and reference == parent
-    trainer.build(parent_model, None if adapter_is_reference or not reference else models.frozen_copy(lab.load(reference)))
+    needs_copy = reference and not (lora and reference == parent)  # under LoRA, adapter off is the parent
+    trainer.build(parent_model, models.frozen_copy(lab.load(reference)) if needs_copy else None)
     metrics = trainer.run(fingerprint, resume, live, checkpoint_every)
     record = _record(trainer, metrics, fingerprint, parts, parent, reference)
     model = _save(trainer, record, lab.source(parent) if parent else None)
