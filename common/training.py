@@ -61,7 +61,7 @@ def train(
     Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `parent`, `reference`: other
         stages to start from and to compare with (default: the stage's parent, for both; ORPO takes a reference only to
         report KL against it). `pairs`: other training pairs (prompt, chosen, rejected). `resume`: go on from the newest
-        checkpoint of this run, if its fingerprint matches. `live`: draw the curves while it trains. `changes`: fields of Recipe.
+        checkpoint of this run, if its fingerprint matches. `live`: draw curves as it trains. `changes`: Recipe fields.
     Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained; TrainingError for a loss
         that is not finite; CheckpointError when the disk is full.
     """

@@ -14,7 +14,7 @@ NOTEBOOKS = [
     "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb",
     "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
 ]
-CELL_TIMEOUT = 600  # seconds
+CELL_TIMEOUT = 300  # seconds; also how long nbval waits for a kernel that has died
 
 failed: list[str] = []  # the first notebook that failed: the later ones build on its results
 
@@ -37,7 +37,7 @@ def test_notebook_runs(notebook, environment):
     if failed:
         pytest.fail(f"not run, because {failed[0]} failed before it", pytrace=False)
     failed.append(notebook)
-    options = ["-x", "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}"]
+    options = ["-x", "--color=no", "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}"]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, notebook]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"

@@ -1,0 +1,133 @@
+"""The runner of the notebooks, on notebooks of one to three cells, and the tables made from what was measured."""
+
+import json
+import os
+
+import nbformat
+import pytest
+import readme_table
+import results_table
+import run_labs
+from nbformat.v4 import new_code_cell, new_notebook
+
+LAB = "Lab-1.7-DPO_Alignment"
+
+
+def write_notebook(folder, name, *sources):
+    path = folder / LAB / name
+    path.parent.mkdir(exist_ok=True)
+    cells = [new_code_cell(source, id=f"cell-{number}") for number, source in enumerate(sources)]
+    nbformat.write(new_notebook(cells=cells), path)
+    return path
+
+
+def test_a_notebook_runs_in_its_own_folder_and_is_measured(tmp_path):
+    """100 MB that are released at once still count in the peak."""
+    notebook = write_notebook(tmp_path, "01-A.ipynb", "import os; print(os.getcwd())", "len(b'1' * 100_000_000)")
+    before = notebook.read_bytes()
+    [(name, timing)] = run_labs.run_all([notebook], tmp_path / "copies").items()
+    copy = nbformat.read(tmp_path / "copies" / name, 4)
+    assert name == f"{LAB}/01-A.ipynb"
+    assert os.path.samefile(copy.cells[0].outputs[0].text.strip(), notebook.parent)
+    assert timing["wall_seconds"] > 0 and timing["peak_memory_bytes"] > 100_000_000
+    assert notebook.read_bytes() == before
+
+
+def test_in_place_writes_outputs_and_changes_nothing_else(tmp_path):
+    notebook = write_notebook(tmp_path, "01-A.ipynb", "6 * 7")
+    before = nbformat.read(notebook, 4)
+    run_labs.run_all([notebook], tmp_path / "copies", in_place=True)
+    after = nbformat.read(notebook, 4)
+    assert after.cells[0].outputs[0].data["text/plain"] == "42"
+    after.cells[0].update(outputs=[], execution_count=None)
+    assert after == before
+
+
+def test_in_place_refuses_a_path_of_this_machine(tmp_path):
+    """The source is free of it; the output is not."""
+    notebook = write_notebook(tmp_path, "01-A.ipynb", "import common; print(common.__path__[0])")
+    before = notebook.read_bytes()
+    with pytest.raises(run_labs.LabFailed, match="path of this machine"):
+        run_labs.run_all([notebook], tmp_path / "copies", in_place=True)
+    assert notebook.read_bytes() == before
+
+
+def test_the_first_failure_ends_the_run_and_says_where(tmp_path):
+    """What ran before the error is in the copy, what comes after it never runs."""
+    first = write_notebook(tmp_path, "01-A.ipynb", "print('here')", "1 / 0", "print('never')")
+    second = write_notebook(tmp_path, "02-B.ipynb", "print('never')")
+    with pytest.raises(run_labs.LabFailed) as failure:
+        run_labs.run_all([first, second], tmp_path / "copies")
+    text = str(failure.value)
+    assert "Lab-1.7 01-A failed in cell 2/3" in text and "1 / 0" in text and "ZeroDivisionError" in text
+    copy = nbformat.read(tmp_path / "copies" / LAB / "01-A.ipynb", 4)
+    assert copy.cells[0].outputs[0].text == "here\n" and copy.cells[2].execution_count is None
+    assert not (tmp_path / "copies" / LAB / "02-B.ipynb").exists()
+
+
+def test_a_kernel_that_dies_is_a_failure(tmp_path):
+    notebook = write_notebook(tmp_path, "01-A.ipynb", "import os; os._exit(9)")
+    with pytest.raises(run_labs.LabFailed, match="(?s)cell 1/1.*os._exit.*DeadKernelError"):
+        run_labs.run_all([notebook], tmp_path / "copies")
+
+
+def model(**values):
+    return dict.fromkeys(results_table.MEASURES, 0.25) | values
+
+
+def write_results(path, **models):
+    rates = {"dpo_vs_sft": {"wins": 5, "ties": 2, "losses": 3, "rate": 0.6, "ci95": [0.4, 0.8]}}
+    path.write_text(json.dumps({"models": models, "win_rate": rates}))
+
+
+def test_the_results_show_what_was_measured_and_a_dash_for_what_was_not(tmp_path):
+    sft = model(kl=None, std={"perplexity": 0.1})
+    write_results(tmp_path / "evaluation.json", sft=sft, dpo=model(perplexity=7.5), base=model())
+    lines = results_table.results_table(tmp_path).splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
+    assert lines[2].split() == ["SFT", "DPO"]
+    assert rows["perplexity"] == ["0.25", "±", "0.10", "7.50"]
+    assert rows["kl"] == ["–", "0.25"]
+    assert " ".join(rows["dpo_vs_sft"]) == "60.0% [40.0%, 80.0%] 5 wins, 2 ties, 3 losses"
+
+
+@pytest.mark.parametrize(("age", "columns"), [(-1, ["SFT", "DPO"]), (1, ["SFT", "DPO", "ORPO"])])
+def test_a_comparison_older_than_the_evaluation_is_left_out(tmp_path, age, columns):
+    write_results(tmp_path / "evaluation.json", sft=model(), dpo=model())
+    write_results(tmp_path / "comparison.json", orpo=model())
+    now = (tmp_path / "evaluation.json").stat().st_mtime
+    os.utime(tmp_path / "comparison.json", (now + age, now + age))
+    assert results_table.results_table(tmp_path).splitlines()[2].split() == columns
+
+
+def test_without_results_the_table_says_which_notebook_writes_them(tmp_path):
+    assert "notebook 04 of Lab 1.7" in results_table.results_table(tmp_path)
+
+
+def test_the_readme_table_has_a_row_per_notebook_and_says_what_was_not_measured():
+    """80.4 s is 1 min 20 s; 620 MB is 0.62 GB; the total adds times and takes the largest memory."""
+    machine = {"cpu": "X", "cores": 2, "memory_bytes": 8e9, "gpu": [], "versions": {"torch": "2"}}
+    both = {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6},
+            f"{LAB}/02-B.ipynb": {"wall_seconds": 5, "peak_memory_bytes": 100e6}}  # fmt: skip
+    one = {f"{LAB}/01-A.ipynb": {"wall_seconds": 3, "peak_memory_bytes": 50e6}}
+    results = {"cpu": {"machine": machine, "notebooks": both}, "smoke": {"machine": machine, "notebooks": one}}
+    lines = readme_table.table(results, "notebook", "all", "not measured").splitlines()
+    assert lines[0] == "| notebook | `cpu` | `smoke` |"
+    assert lines[2] == f"| [Lab-1.7 01-A]({LAB}/01-A.ipynb) | 1 min 20 s · 0.62 GB | 3 s · 0.05 GB |"
+    assert lines[3] == f"| [Lab-1.7 02-B]({LAB}/02-B.ipynb) | 5 s · 0.10 GB | not measured |"
+    assert lines[4] == "| all | 1 min 25 s · 0.62 GB | 3 s · 0.05 GB |"
+
+
+def test_only_the_text_between_the_comments_changes_and_it_must_be_there():
+    old = "a\n<!-- notebook times -->\nold\n<!-- /notebook times -->\nb\n"
+    assert readme_table.updated(old, "new\n") == old.replace("old", "new")
+    with pytest.raises(ValueError, match="found 0"):
+        readme_table.updated("no comments", "new\n")
+
+
+@pytest.mark.parametrize("name", readme_table.WORDS)
+def test_the_times_in_the_readmes_are_the_recorded_ones(name):
+    """Nobody types them: `python tools/readme_table.py` brings a README up to date."""
+    text = (readme_table.ROOT / name).read_text(encoding="utf-8")
+    results = json.loads(readme_table.RESULTS.read_text(encoding="utf-8"))
+    assert readme_table.updated(text, readme_table.table(results, *readme_table.WORDS[name])) == text
