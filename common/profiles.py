@@ -45,14 +45,14 @@ class Profile:
     sft_data: str | None = None  # demonstrations; None: the world's, or the chosen answers of `data`
     # The embedded world and the tiny GPT-2.
     objects: int = 8
-    plain_lines: int = 5000
-    demonstrations: int = 2000
+    plain_lines: int = 8000
+    demonstrations: int = 3000
     layers: int = 2
     width: int = 64
     heads: int = 4
     vocabulary: int = 800
     # Sizes.
-    pairs: int | None = 2000  # training pairs; None: all
+    pairs: int | None = 3000  # training pairs; None: all
     held_out: int = 250  # held-out pairs and evaluation prompts
     samples: int = 4  # answers per evaluation prompt
     sweep_epochs: float = 1.0  # length of each run in a notebook's sweep
@@ -80,7 +80,7 @@ class Profile:
 def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
     """Recipes of the two embedded profiles, which differ in learning rates, epochs and batch size only."""
     return {
-        "base": Recipe(lr=base, **common),
+        "base": Recipe(**base, **common),
         "sft": Recipe(**sft, keep_best=True, **common),
         "sft_chosen": Recipe(**sft, **common),
         "reward": Recipe(lr=sft["lr"] / 3, epochs=2, **common),
@@ -114,15 +114,15 @@ PROFILES = {
         name="smoke", sweep_epochs=0.5, objects=4, plain_lines=4000, demonstrations=2400, pairs=600, held_out=100,
         heads=2,
         recipes=_tiny_recipes(
-            base=5e-3, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 4e-4, "epochs": 3, "batch_size": 16},
-            plain={"lr": 1e-4, "epochs": 3, "batch_size": 16}, orpo={"lr": 4e-3, "epochs": 4}, evaluations=4,
+            base={"lr": 5e-3, "epochs": 1.5}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 4e-4, "epochs": 3},
+            plain={"lr": 1e-4, "epochs": 3}, orpo={"lr": 5e-3, "epochs": 4}, evaluations=4,
         ),
     ),
     "cpu": Profile(
         name="cpu",
         recipes=_tiny_recipes(
-            base=4e-3, sft={"lr": 3e-3, "epochs": 3}, dpo={"lr": 1.5e-4, "epochs": 3},
-            plain={"lr": 2e-5, "epochs": 3}, orpo={"lr": 3e-3, "epochs": 3},
+            base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 2e-4, "epochs": 2},
+            plain={"lr": 4e-5, "epochs": 2}, orpo={"lr": 5e-3, "epochs": 3},
         ),
     ),
     # Learning rates: SFT 5e-5 (a usual rate for fine-tuning GPT-2); DPO 5e-6 and ORPO 1e-5 (upper values of the pages).
