@@ -40,7 +40,7 @@ class CleaningReport:
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows} rows read, {self.kept} kept"]
-        lines += [f"  dropped {count:6d}  {reason}" for reason, count in sorted(self.dropped.items())]
+        lines += [f"  dropped {count:6d}  {reason}" for reason, count in sorted((+self.dropped).items())]
         lines += [f"  cut     {count:6d}  {what}" for what, count in sorted(self.cut.items())]
         return "\n".join(lines)
 

@@ -156,10 +156,14 @@ def merge_lora(model, source: str | Path, profile: Profile):
     return full.merge_and_unload()
 
 
+def freeze(model):
+    """The model itself, in evaluation mode, its parameters without gradient: fit to be a reference."""
+    return model.eval().requires_grad_(False)
+
+
 def frozen_copy(model):
-    """The reference: a copy in evaluation mode whose parameters take no gradient."""
-    reference = copy.deepcopy(model).eval()
-    return reference.requires_grad_(False)
+    """A frozen copy, for a reference that must not move while the model is trained."""
+    return freeze(copy.deepcopy(model))
 
 
 def is_tiny(profile: Profile) -> bool:

@@ -19,6 +19,7 @@ from datasets import Dataset
 
 from common import models
 from common.data import (
+    CleaningReport,
     LabData,
     load_lab_data,
     tokenize_demonstrations,
@@ -178,7 +179,8 @@ class Lab:
         kept = [prompt for prompt, length in zip(self.data.prompts, lengths, strict=True) if length <= room]
         if not kept:
             raise ValueError(f"No held-out prompt is within {room} tokens: raise max_length or use shorter prompts.")
-        self._dropped_prompts = len(lengths) - len(kept)
+        report = self.data.reports["prompts"] = CleaningReport("held-out prompts", rows=len(lengths))
+        report.dropped[f"longer than {room} tokens: no room for an answer"] = len(lengths) - len(kept)
         return kept
 
     def _tokenize(self, tokenize, rows, name: str) -> Dataset:

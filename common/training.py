@@ -66,6 +66,8 @@ def train(
         that is not finite; CheckpointError when the disk is full.
     """
     kind = stage_of(stage)
+    if not lab.has_own_weights(stage):
+        raise ValueError(f"The base of this profile is {lab.profile.model} itself: there is nothing to train.")
     recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
     parent = parent or kind.parent
     reference = reference or (parent if kind.method == "dpo" else None)
@@ -83,7 +85,7 @@ def train(
     trainer = Trainer(lab, stage, recipe, rows, held_out, folder)
     parent_model = _parent_model(lab, kind.method, parent)
     needs_copy = reference and not (lora and reference == parent)  # under LoRA, adapter off is the parent
-    trainer.build(parent_model, models.frozen_copy(lab.load(reference)) if needs_copy else None)
+    trainer.build(parent_model, models.freeze(lab.load(reference)) if needs_copy else None)
     metrics = trainer.run(fingerprint, resume, live, checkpoint_every)
     record = _record(trainer, metrics, fingerprint, parts, parent, reference)
     model = _save(trainer, record, lab.source(parent) if parent else None)
