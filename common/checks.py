@@ -5,6 +5,8 @@ A check computes its expected values itself, by another route than the worked an
 
 from collections.abc import Callable, Iterator
 
+import torch
+
 CHECKS: dict[str, Callable[[Callable], Iterator[tuple[str, bool]]]] = {}
 
 
@@ -41,3 +43,166 @@ def check(name: str, fn: Callable) -> None:
             broken.append(text)
     if broken:
         raise AssertionError(f"{name}: {len(broken)} of its properties broke: {'; '.join(broken)}")
+
+
+# Lab 1.7, notebook 01
+
+
+@exercise("split_transcript")
+def _split_transcript(split):
+    turns = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Where is the tea?\n\nAssistant:"
+    result = split(turns + " In the kitchen.")
+    yield "it returns a prompt and a response", isinstance(result, tuple | list) and len(result) == 2
+    prompt, response = result
+    yield "the prompt ends at the last assistant turn, not at the first", prompt == turns
+    yield "the response keeps its leading space", response == " In the kitchen."
+    echo = turns + " You said: Hi. Where is the tea? In the kitchen."
+    yield "prompt + response is the transcript again, word for word", "".join(split(echo)) == echo
+    yield "a transcript that ends at the mark has an empty response", tuple(split(turns)) == (turns, "")
+    yield "without an assistant turn it returns None", split("\n\nHuman: Hi") is None and split("") is None
+
+
+@exercise("response_mask")
+def _response_mask(mask):
+    prompts, responses = [2, 4, 1], [3, 1, 5]
+    result = mask(torch.tensor(prompts), torch.tensor(responses))
+    yield "it is a tensor of booleans", isinstance(result, torch.Tensor) and result.dtype == torch.bool
+    yield "its shape is (rows, longest prompt + response)", result.shape == (3, 6)
+    marked = [[place for place, on in enumerate(row) if on] for row in result.tolist()]
+    yield "as many tokens are marked as the responses have, EOS counted", list(map(len, marked)) == responses
+    yield "no prompt token is marked", all(row[0] >= start for row, start in zip(marked, prompts, strict=True))
+    yield "no padding is marked", marked == [[2, 3, 4], [4], [1, 2, 3, 4, 5]]
+    alone = mask(torch.tensor([3]), torch.tensor([2]))
+    yield "a single row works too", alone.tolist() == [[False, False, False, True, True]]
+
+
+@exercise("deduplicate")
+def _deduplicate(deduplicate):
+    def row(prompt, chosen, rejected):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    good, other = row("p", "a", "b"), row("q", "a", "b")
+    kept, dropped = deduplicate([good, other])
+    yield "rows that differ in their prompt only are kept, in order", kept == [good, other]
+    yield "nothing dropped, nothing counted", sum(dropped.values()) == 0
+    kept, dropped = deduplicate([good, dict(good), other, dict(good)])
+    yield "of equal rows the first one stays", kept == [good, other]
+    yield 'the others are counted as "duplicate"', dropped["duplicate"] == 2 and sum(dropped.values()) == 2
+    kept, dropped = deduplicate([good, other, row("p", "b", "a")])
+    yield "rows with the same answers in both orders all go: nobody knows who was right", kept == [other]
+    yield 'they are counted as "contradiction"', dropped["contradiction"] == 2 and sum(dropped.values()) == 2
+    rows = [good, row("p", "b", "a"), dict(good), other, dict(other)]
+    before = [dict(entry) for entry in rows]
+    kept, dropped = deduplicate(rows)
+    yield "a contradicted row is no duplicate, however often it occurs", dict(dropped) == {
+        "contradiction": 3, "duplicate": 1}  # fmt: skip
+    yield "rows read = rows kept + rows dropped", len(rows) == len(kept) + sum(dropped.values())
+    yield "the input is left as it was", rows == before
+
+
+@exercise("implicit_reward")
+def _implicit_reward(fn):
+    import torch
+
+    policy = torch.tensor([-3.0, -12.5, -40.0], dtype=torch.float64)
+    reference = torch.tensor([-5.0, -12.5, -31.0], dtype=torch.float64)
+    found = fn(policy, reference, 0.25)
+    yield "the shape is (batch,)", tuple(found.shape) == (3,)
+    yield "exp(reward / beta) is the ratio of probabilities (Eq. 5)", torch.allclose(
+        torch.exp(found / 0.25), torch.exp(policy) / torch.exp(reference), rtol=1e-12)
+    yield "it is 0 where policy and reference agree", float(fn(policy, policy, 0.25).abs().max()) == 0.0
+    yield "twice the beta, twice the reward", torch.allclose(fn(policy, reference, 0.5), 2 * found, rtol=1e-12)
+    swapped = fn(reference, policy, 0.25)
+    yield "swapping policy and reference changes the sign", torch.allclose(swapped, -found, rtol=1e-12)
+
+
+@exercise("pick_beta")
+def _pick_beta(fn):
+    rows = [{"beta": 0.5, "margin": 1.5, "kl": 2.0}, {"beta": 0.1, "margin": 4.0, "kl": 9.9},
+            {"beta": 0.05, "margin": 7.0, "kl": 10.0}, {"beta": 0.3, "margin": 2.0, "kl": 4.0}]  # fmt: skip
+    yield "the largest margin with KL < 10, and 10 itself is not below 10", fn(rows) == 0.1
+    yield "the order of the rows does not matter", fn(rows[::-1]) == 0.1
+    yield "a stricter limit", fn(rows, kl_limit=3.0) == 0.5
+    yield "a wider limit", fn(rows, kl_limit=20.0) == 0.05
+    yield "None where no beta keeps the limit", fn(rows, kl_limit=1.0) is None
+    tied = [{"beta": 0.1, "margin": 2.0, "kl": 3.0}, {"beta": 0.3, "margin": 2.0, "kl": 3.0}]
+    yield "of equal margins the larger beta, which stays closer", fn(tied) == fn(tied[::-1]) == 0.3
+    yield "the rows are left as they were", len(rows) == 4 and rows[0]["beta"] == 0.5
+
+
+@exercise("conservative_dpo_loss")
+def _conservative_dpo_loss(fn):
+    import math
+
+    import torch
+
+    h = torch.tensor([-7.0, 0.0, 2.5, 30.0], dtype=torch.float64)
+    logistic = torch.tensor([math.log1p(math.exp(-0.2 * value)) for value in h.tolist()], dtype=torch.float64)
+    flipped = torch.tensor([math.log1p(math.exp(0.2 * value)) for value in h.tolist()], dtype=torch.float64)
+    yield "with epsilon 0 it is the DPO loss", torch.allclose(fn(h, 0.2, 0.0), logistic, rtol=1e-12)
+    yield "it is ln 2 at the reference, for every epsilon", abs(float(fn(h, 0.2, 0.3)[1]) - math.log(2)) < 1e-12
+    expected = 0.9 * logistic + 0.1 * flipped
+    yield "it is the expected loss when a tenth of the labels is flipped", torch.allclose(fn(h, 0.2, 0.1), expected)
+    best = torch.tensor([math.log(0.9 / 0.1) / 0.2], dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(fn(best, 0.2, 0.1).sum(), best)
+    yield "its minimum is at log((1 - epsilon) / epsilon) / beta", abs(float(slope)) < 1e-12
+    far = torch.tensor([-1e4, 1e4], requires_grad=True)
+    value = fn(far, 1.0, 0.1)
+    (slope,) = torch.autograd.grad(value.sum(), far)
+    yield "it is finite far out, in float32", bool(torch.isfinite(value).all())
+    yield "so is its gradient: -0.9 and 0.1", torch.allclose(slope, torch.tensor([-0.9, 0.1]), atol=1e-6)
+
+
+# Lab 1.7, notebook 02
+
+
+@exercise("perplexity_from_logps")
+def _perplexity_from_logps(perplexity):
+    one = perplexity(torch.tensor([-6.0]), torch.tensor([3]))
+    yield "one answer of 3 tokens at -6 nats: e to the 2nd", abs(float(one) - 7.389056) < 1e-5
+    sure = perplexity(torch.tensor([0.0, 0.0]), torch.tensor([4, 9]))
+    yield "a model that is sure and right has perplexity 1", float(sure) == 1.0
+    guess = perplexity(torch.tensor([-3.0, -5.0]) * 6.684612, torch.tensor([3, 5]))
+    yield "guessing among 800 words has perplexity 800", abs(float(guess) - 800.0) < 0.01
+    ragged = perplexity(torch.tensor([-1.0, -9.0]), torch.tensor([1, 3]))  # 10 nats over 4 tokens; rows: 1 and 3
+    yield "every token counts the same: not the mean of row means", abs(float(ragged) - 12.182494) < 1e-4
+    yield "it is a plain number, not a tensor", isinstance(one, float)
+
+
+@exercise("response_logps_by_hand")
+def _response_logps_by_hand(fn):
+    class Counting(torch.nn.Module):
+        """After token t it expects t + 1 (of 7), with probability 1/2; the other six share the rest."""
+
+        device = torch.device("cpu")
+
+        def forward(self, input_ids, **_):
+            expected = torch.nn.functional.one_hot((input_ids + 1) % 7, 7).bool()
+            return type("Output", (), {"logits": torch.where(expected, 0.5, 1 / 12).log() + 3.0})()
+
+    hit, miss = -0.6931472, -2.4849066  # ln(1/2), ln(1/12)
+    found = fn(Counting(), [0, 1], [2, 3, 4])
+    yield "it returns one log-probability per response token", tuple(found.shape) == (3,)
+    yield "logits are normalised, and position t predicts token t + 1", torch.allclose(
+        found.double(), torch.full((3,), hit).double(), atol=1e-5)  # fmt: skip
+    first = fn(Counting(), [5, 5, 5], [1])
+    yield "the prompt is not scored, and its last token predicts the first response token", torch.allclose(
+        first.double(), torch.tensor([miss]).double(), atol=1e-5)  # fmt: skip
+    end = fn(Counting(), [0], [1, 5, 6])
+    yield "the last token, EOS, is scored as well", torch.allclose(
+        end.double(), torch.tensor([hit, miss, hit]).double(), atol=1e-5)  # fmt: skip
+    yield "the sum can be taken in float64: the result is at least float32", found.dtype in (
+        torch.float32, torch.float64)  # fmt: skip
+
+
+@exercise("best_checkpoint")
+def _best_checkpoint(fn):
+    losses = [5.0, 3.0, 2.0, 2.5, 2.4, 1.0]
+    yield "patience 0 never stops: all is seen, the lowest loss is kept", tuple(fn(losses, 0)) == (5, 5)
+    yield "patience 2 stops after two evaluations without a better loss", tuple(fn(losses, 2)) == (2, 4)
+    yield "patience 3 lives to see the better one", tuple(fn(losses, 3)) == (5, 5)
+    yield "a better loss sets the count back to 0", tuple(fn([3.0, 4.0, 2.0, 4.0, 1.0], 2)) == (4, 4)
+    yield "an equal loss is not a better one: the first stays", tuple(fn([2.0, 2.0, 2.0], 2)) == (0, 2)
+    yield "where it only gets worse, the model before training is kept", tuple(fn([1.0, 2.0, 3.0, 4.0], 1)) == (0, 1)
+    yield "a NaN is never better", tuple(fn([2.0, float("nan"), 1.0], 0)) == (2, 2)
+    yield "not even at the start", tuple(fn([float("nan"), 3.0, 4.0], 0)) == (1, 2)

@@ -86,7 +86,10 @@ def profile_lines(profile: profiles.Profile, device: str, dtype: str, why: str) 
         lines.append(("FIX", f"profile {profile.name} needs a CUDA GPU: set LAB_PROFILE=cpu"))
     elif device == "cpu" and profile.name not in ("smoke", "cpu"):
         lines.append(("NOTE", f"profile {profile.name} is made for a GPU and slow without one"))
-    return [*lines, ("OK", f"profile {profile.name} ({profile.reason}); its runs go to {profile.folder}")]
+    folder = profile.folder
+    if folder.is_relative_to(profiles.ROOT):  # inside the repository: the same line on every machine
+        folder = folder.relative_to(profiles.ROOT)
+    return [*lines, ("OK", f"profile {profile.name} ({profile.reason}); its runs go to {folder.as_posix()}")]
 
 
 def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) -> list[Line]:

@@ -34,7 +34,7 @@ class TrainingError(RuntimeError):
 
 
 def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict]:
-    """The same for a reward model."""
+    """Loss and metrics of a reward model on a micro-batch, scaled as in `losses.objective`."""
     chosen, rejected = rewards(model, batch, "chosen"), rewards(model, batch, "rejected")
     margin = (chosen - rejected).detach()
     metrics = {"margin": margin.sum() / pairs, "accuracy": losses.share_positive(margin) * len(margin) / pairs}
@@ -49,14 +49,14 @@ class Trainer:
         mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
         self.lab, self.recipe, self.rows, self.held_out, self.folder = lab, recipe, rows, held_out, folder
         self.method = stage_of(stage).method
-        self.stage, self.pad = stage, lab.tokenizer.pad_token_id
+        self.stage, self.pad, self.eval_batch = stage, lab.tokenizer.pad_token_id, lab.profile.eval_batch
         self.sides = ("chosen",) if self.method in ("lm", "sft") else ("chosen", "rejected")
         self.accelerator = Accelerator(mixed_precision="no" if lab.profile.four_bit else mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
         self.every = max(1, self.steps // max(1, recipe.evaluations))
-        self.state = {"step": 0, "tokens": 0, "padded": 0, "flops_per_token": 0.0, "wall": 0.0, "cpu": 0.0, "peak": 0,
-                      "best": math.inf, "since_best": 0, "warnings": [], "stopped_early": False}  # fmt: skip
+        counters = ("step", "tokens", "padded", "flops_per_token", "wall", "cpu", "aside", "peak", "since_best")
+        self.state = {**dict.fromkeys(counters, 0), "best": math.inf, "warnings": [], "stopped_early": False}
 
     def build(self, parent_model, reference) -> None:
         """Model, reference, optimiser and schedule."""
@@ -114,8 +114,7 @@ class Trainer:
         """This process's share of a step, in micro-batches."""
         accelerator, size = self.accelerator, self.recipe.micro_batch
         mine = [self.rows[number] for number in numbers[accelerator.process_index :: accelerator.num_processes]]
-        parts = [mine[at : at + size] for at in range(0, len(mine), size)]
-        return [collate(part, self.pad, accelerator.device, self.sides) for part in parts]
+        return [collate(rows, self.pad, accelerator.device, self.sides) for rows in batched(mine, size)]
 
     def step(self) -> dict[str, float]:
         """One optimiser step over the next batch. Raises: TrainingError where the loss is not finite."""
@@ -170,15 +169,12 @@ class Trainer:
         """Held-out loss, both log-probabilities and, for preference stages, KL and win rate on samples."""
         test, recipe = self.lab.test_pairs, replace(self.recipe, nll_on_prompt=False)
         if self.method == "reward":
-            self.policy.eval()
-            batch = collate(self.held_out, self.pad, self.model.device)
-            loss, metrics = reward_objective(self.model, batch, len(self.held_out))
-            return {f"held_out_{name}": float(value) for name, value in {"loss": loss, **metrics}.items()}
-        pairs = logps_of(self.model, test, self.pad)
-        own = pairs if "rejected_ids" in self.held_out[0] else logps_of(self.model, self.held_out, self.pad)
+            return self.evaluate_reward()
+        pairs = self.logps(self.model, test)
+        own = pairs if "rejected_ids" in self.held_out[0] else self.logps(self.model, self.held_out)
         if self.method == "dpo" and self.held_out_reference is None:
             with self.as_reference() as reference:
-                self.held_out_reference = logps_of(reference, test, self.pad)
+                self.held_out_reference = self.logps(reference, test)
         count, tokens = len(self.held_out), losses.scored_tokens(self.held_out, recipe)
         loss, metrics = losses.objective(self.method, recipe, own, self.held_out_reference, count, tokens)
         metrics |= {"loss": loss, "nll": losses.sft_loss(own.chosen.sums, own.chosen.lengths)}
@@ -187,15 +183,29 @@ class Trainer:
             metrics |= self.sample()
         return {f"held_out_{name}": float(value) for name, value in metrics.items()}
 
+    def evaluate_reward(self) -> dict[str, float]:
+        """Held-out loss, margin and accuracy of a reward model."""
+        self.policy.eval()
+        total = {}
+        for rows in batched(self.held_out, self.eval_batch):
+            loss, metrics = reward_objective(self.model, collate(rows, self.pad, self.model.device), len(self.held_out))
+            for name, value in {"loss": loss, **metrics}.items():
+                total[f"held_out_{name}"] = total.get(f"held_out_{name}", 0.0) + float(value)
+        return total
+
+    def logps(self, model, rows: list[dict]) -> PairLogps:
+        """Log-probabilities of all rows, without gradients."""
+        return logps_of(model, rows, self.pad, self.eval_batch)
+
     def sample(self) -> dict[str, float]:
         """KL to the reference and win rate against it, on one answer to each of a few held-out prompts."""
         lab, length = self.lab, self.lab.profile.max_new_tokens
         prompts = lab.prompts[:SAMPLED_PROMPTS]
         answers = generate(self.model, lab.tokenizer, prompts, length, seed=lab.seed)
         rows = [vars(answer) for group in answers for answer in group]
-        policy = logps_of(self.model, rows, self.pad)
+        policy = self.logps(self.model, rows)
         with self.as_reference() as reference:
-            kl = (policy.chosen.sums - logps_of(reference, rows, self.pad).chosen.sums).mean()
+            kl = (policy.chosen.sums - self.logps(reference, rows).chosen.sums).mean()
             if lab.data.world and self.reference_answers is None:
                 self.reference_answers = generate(reference, lab.tokenizer, prompts, length, seed=lab.seed + 1)
         if not lab.data.world:
@@ -235,11 +245,12 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=self.state["step"], desc=self.stage, disable=not main)
         while self.state["step"] < self.steps and not self.state["stopped_early"]:
             row = self.step()
-            step, last = row["step"], row["step"] == self.steps
+            step, last, start = row["step"], row["step"] == self.steps, time.perf_counter()
             if evaluated := step % self.every == 0 or last:
                 row |= self.evaluate()
                 self.keep_or_stop(row, main)
             metrics.append(row)
+            self.state["aside"] += time.perf_counter() - start  # held-out measures: not part of the method's cost
             self.state["wall"], self.state["cpu"] = time.perf_counter() - clock[0], time.process_time() - clock[1]
             self.state["peak"] = max(self.state["peak"], _memory(process))
             if main:
@@ -291,6 +302,11 @@ def signs_of_over_optimisation(metrics: list[dict]) -> list[str]:
         if falling and now.get("held_out_win_rate", 1.0) < before.get("held_out_win_rate", 0.0) - 0.05:
             signs.append(f"The loss falls but the win rate falls to {now['held_out_win_rate']:.2f}: {remedy}.")
     return signs
+
+
+def batched(rows: list, size: int) -> list[list]:
+    """`rows` in lists of at most `size`."""
+    return [rows[at : at + size] for at in range(0, len(rows), size)]
 
 
 def _mean(rows: list[dict], name: str) -> float:

@@ -132,13 +132,14 @@ def histograms(groups: dict[str, list[float]], xlabel: str, title: str = "", lim
 
 
 def bars(
-    values: dict[str, dict[str, float]], ylabel: str, title: str = "", errors: dict | None = None, ylim=None
-) -> Figure:
+    values: dict[str, dict[str, float]], ylabel: str, title: str = "", errors: dict | None = None, ylim=None,
+    colours: tuple[str, ...] = PALETTE,
+) -> Figure:  # fmt: skip
     """Grouped bars: one group per measure, one colour per model. `errors`: the same shape, half-widths."""
     measures = list(next(iter(values.values())))
     figure, ax = plt.subplots(figsize=(max(6, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
-    for index, (colour, (model, row)) in enumerate(zip(PALETTE, values.items(), strict=False)):
+    for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
         half = [errors[model][name] for name in measures] if errors else None
         heights = [row[name] for name in measures]
@@ -197,4 +198,103 @@ def heatmap(table, row_names: list[str], column_names: list[str], xlabel: str, y
     ax.set_yticks(range(len(row_names)), row_names)
     ax.grid(False)
     figure.colorbar(image)
+    return figure
+
+
+def lines(x, curves: dict[str, list], xlabel: str, ylabel: str, title: str = "", marks: dict | None = None) -> Figure:
+    """Several functions of the same x. `marks`: {label: x} drawn as dashed vertical lines."""
+    figure, ax = plt.subplots(figsize=(7, 3.4))
+    for colour, (name, values) in zip(PALETTE, curves.items(), strict=False):
+        ax.plot(x, values, color=colour, label=name)
+    for style, (name, place) in zip(("--", ":", "-."), (marks or {}).items(), strict=False):
+        ax.axvline(place, color="black", linestyle=style, linewidth=1, label=name)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=8)
+    return figure
+
+
+def token_log_ratios(sides: dict[str, list[tuple[str, float]]], title: str = "", longest: int = 40) -> Figure:
+    """One bar per scored token, log(policy / reference) in nats; one panel per side, its sum in the panel's title."""
+    figure, axes = plt.subplots(len(sides), 1, figsize=(9.5, 2.5 * len(sides)), squeeze=False, sharey=True)
+    for ax, colour, (side, tokens) in zip(axes.flat, (CHOSEN, REJECTED), sides.items(), strict=False):
+        shown = tokens[:longest]
+        ax.bar(range(len(shown)), [value for _, value in shown], color=colour)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set_xticks(range(len(shown)), [text for text, _ in shown], rotation=60, ha="right", fontsize=8)
+        cut = f", first {longest} of {len(tokens)} tokens shown" if len(tokens) > longest else ""
+        ax.set(ylabel="nats", xlim=(-0.7, len(shown) - 0.3))
+        ax.set_title(f"{side}: sum {sum(value for _, value in tokens):+.2f} nats{cut}", fontsize=10)
+        ax.grid(axis="x", visible=False)
+    figure.suptitle(title)
+    return figure
+
+
+def displacement(runs: dict[str, list[dict]], title: str = "") -> Figure:
+    """How far the held-out log-probabilities of both sides moved since step 0, one panel per run, one scale."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(4.0 * len(runs), 3.2), squeeze=False, sharey=True)
+    for ax, (name, metrics) in zip(axes.flat, runs.items(), strict=True):
+        for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            line = f"held_out_logps_{side}"
+            points = np.array([(row["step"], row[line]) for row in metrics if line in row])
+            ax.plot(points[:, 0], points[:, 1] - points[0, 1], "o-", color=colour, label=side, markersize=4)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(title=name, xlabel="optimiser step")
+    axes.flat[0].set_ylabel("change of log-probability, nats")
+    axes.flat[0].legend()
+    figure.suptitle(title)
+    return figure
+
+
+def sweep_with_rates(values: list[float], measures: dict[str, list], rates: list, xlabel: str, limits=None) -> Figure:
+    """The panels of `sweep`, and a last one with the win rate (a list of WinRate) and its 95 % interval."""
+    name = "win rate against SFT"
+    figure = sweep(values, {**measures, name: [rate.rate for rate in rates]}, xlabel, limits=limits)
+    ax = figure.axes[-1]
+    ax.vlines(values, *zip(*(rate.ci95 for rate in rates), strict=True), color=OTHER, linewidth=3, alpha=0.4)
+    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.set_ylim(0, 1)
+    return figure
+
+
+def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: str = "") -> Figure:
+    """One dot per run: a training metric (key: axis label) against its win rate with interval.
+
+    Args: `points`: {run: {"win": WinRate, metric: value}}.
+    """
+    figure, axes = plt.subplots(1, len(measures), figsize=(3.8 * len(measures), 3.4), squeeze=False, sharey=True)
+    for ax, (name, label) in zip(axes.flat, measures.items(), strict=True):
+        for point in points.values():
+            low, high = point["win"].ci95
+            colour = CHOSEN if low > 0.5 else REJECTED if high < 0.5 else GREY
+            ax.plot([point[name]] * 2, [low, high], color=colour, alpha=0.35, linewidth=2)
+            ax.plot(point[name], point["win"].rate, "o", color=colour)
+        ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+        ax.set(xlabel=label)
+    axes.flat[0].set_ylabel("win rate against SFT")
+    figure.suptitle(title)
+    return figure
+
+
+def sft_curves(metrics: list[dict], best_step: int, title: str = "") -> Figure:
+    """SFT: the loss, with the perplexity as a second scale of the same curve, and both answers of held-out pairs.
+
+    The right panel begins at the first evaluation after step 0: the jump before it would hide what follows.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    _draw_panel(left, metrics, "loss")
+    best = next(row["held_out_loss"] for row in metrics if row["step"] == best_step)
+    left.plot(best_step, best, "*", color=REJECTED, markersize=13, label=f"best: step {best_step}", zorder=5)
+    left.set(title="SFT loss, and perplexity = exp(loss)", ylabel="nats per token", yscale="log")
+    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 5, 6, 8) if min(left.get_ylim()) < tick < max(left.get_ylim())]
+    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    left.minorticks_off()
+    other = left.twinx()
+    other.set(yscale="log", ylim=left.get_ylim(), ylabel="perplexity")
+    other.set_yticks(ticks, [f"{np.exp(tick):.3g}" for tick in ticks])
+    other.minorticks_off()
+    other.grid(False)
+    other.spines["right"].set_visible(True)
+    left.legend()
+    _draw_panel(right, [row for row in metrics if row["step"] > 0], "logps")
+    figure.suptitle(title)
     return figure

@@ -59,6 +59,7 @@ class Profile:
     max_length: int = 128  # tokens of prompt and response together
     max_new_tokens: int = 64
     # Full-size models.
+    eval_batch: int = 64  # rows per forward pass without gradients
     lora: int = 0  # rank; 0: full fine-tuning
     four_bit: bool = False
     gradient_checkpointing: bool = False
@@ -107,7 +108,7 @@ def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Rec
 
 HUB = {
     "data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "sweep_epochs": 0.02, "max_length": 512,
-    "max_new_tokens": 128,
+    "max_new_tokens": 128, "eval_batch": 16,
 }  # fmt: skip
 PROFILES = {
     "smoke": Profile(

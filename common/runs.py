@@ -233,7 +233,7 @@ class Lab:
 
     def fingerprint_parts(self, stage: str, recipe, rows: list, parent: str | None, reference: str | None) -> dict:
         """Everything that decides the weights of a run, named, so that a stale run can say what changed."""
-        without = ("recipes", "reason", "overrides", "samples", "sweep_epochs")
+        without = ("recipes", "reason", "overrides", "samples", "sweep_epochs", "eval_batch")
         profile = {name: value for name, value in asdict(self.profile).items() if name not in without}
         return {
             "stage": stage, "settings": digest([asdict(recipe), profile]), "seed": self.seed,
@@ -244,9 +244,10 @@ class Lab:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """`metrics.jsonl` in `folder`, one dict per logged step; [] if there is none."""
+    """`metrics.jsonl` in `folder`, one dict per step; [] if there is none. A line that a kill cut off is left out."""
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:

@@ -1,0 +1,86 @@
+"""Small models, ragged rows and a very small profile for the tests; nothing here is under test."""
+
+from dataclasses import replace
+
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from common.models import train_tokenizer
+from common.profiles import PROFILES, Profile
+
+EOS = 1
+
+
+def assert_same(actual, expected, tolerance: float = 1e-12) -> None:
+    """Equal to `tolerance`, relative and absolute, compared in float64."""
+    actual, expected = (torch.as_tensor(value, dtype=torch.float64) for value in (actual, expected))
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+
+
+def gpt2(dtype=torch.float64, seed: int = 0, vocabulary: int = 23, positions: int = 64, width: int = 16):
+    """A GPT-2 of two layers. Its weights are ten times the usual size, so that its predictions are far from uniform."""
+    config = GPT2Config(
+        vocab_size=vocabulary, n_positions=positions, n_embd=width, n_layer=2, n_head=2, resid_pdrop=0.0,
+        embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=EOS, eos_token_id=EOS, initializer_range=0.2,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return GPT2LMHeadModel(config).to(dtype).eval()
+
+
+def ragged_rows(count: int = 5, vocabulary: int = 23, seed: int = 0) -> list[dict]:
+    """Tokenised pairs of all lengths, each response ending with EOS; the shortest response is EOS alone."""
+    draw = torch.Generator().manual_seed(seed)
+
+    def ids(length: int) -> list[int]:
+        return torch.randint(2, vocabulary, (length,), generator=draw).tolist()
+
+    shapes = [(1, 0, 7), (9, 4, 1), (3, 11, 2), (5, 6, 6), (12, 2, 0), (2, 8, 3), (7, 1, 5), (4, 3, 9)]
+    return [
+        {"prompt_ids": ids(prompt), "chosen_ids": ids(chosen) + [EOS], "rejected_ids": ids(rejected) + [EOS]}
+        for prompt, chosen, rejected in shapes[:count]
+    ]
+
+
+def naive_token_logps(model, prompt_ids: list[int], response_ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(log p of the prompt's tokens from the second on, log p of the response's tokens): one row, no padding."""
+    row = torch.tensor([[*prompt_ids, *response_ids]])
+    logps = torch.log_softmax(model(row).logits[0].double(), dim=-1)
+    picked = torch.stack([logps[position - 1, row[0, position]] for position in range(1, row.shape[1])])
+    return picked[: len(prompt_ids) - 1], picked[len(prompt_ids) - 1 :]
+
+
+class Bigram(torch.nn.Module):
+    """A model whose logits are a table, row by last token: every log-probability can be looked up."""
+
+    def __init__(self, table: torch.Tensor):
+        super().__init__()
+        self.table, self.head = torch.nn.Parameter(table), torch.nn.Identity()
+        self.device = table.device
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return type("Output", (), {"logits": self.head(self.table[input_ids])})()
+
+
+def tokenizer(vocabulary: int = 400):
+    """A byte-level BPE tokenizer trained on one short dialogue."""
+    text = "\n\nHuman: What is the kettle for?\n\nAssistant: The kettle is for boiling water, since it does that best."
+    return train_tokenizer([text] * 3, vocabulary)
+
+
+def micro_profile(**changes) -> Profile:
+    """The smoke profile with hardly any data and a model of one thin layer: a stage trains in a second or two."""
+    smoke = PROFILES["smoke"]
+    small = {"base": {"epochs": 0.5}, "sft": {"epochs": 1.0}, "dpo": {"epochs": 2.0, "lr": 2e-3}}
+    recipes = {
+        name: replace(recipe, batch_size=8, micro_batch=8, evaluations=2, **small.get(name, {"epochs": 1.0}))
+        for name, recipe in smoke.recipes.items()
+    }
+    sizes = {
+        "layers": 1, "width": 16, "heads": 2, "vocabulary": 500, "plain_lines": 120, "demonstrations": 60, "pairs": 40,
+        "held_out": 8, "samples": 1, "max_length": 160, "max_new_tokens": 12,
+    }  # fmt: skip
+    return replace(smoke, recipes=recipes, **{**sizes, **changes})
