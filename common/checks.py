@@ -116,18 +116,25 @@ def _implicit_reward(fn):
     yield "swapping policy and reference changes the sign", torch.allclose(swapped, -found, rtol=1e-12)
 
 
-@exercise("pick_beta")
-def _pick_beta(fn):
-    rows = [{"beta": 0.5, "margin": 1.5, "kl": 2.0}, {"beta": 0.1, "margin": 4.0, "kl": 9.9},
-            {"beta": 0.05, "margin": 7.0, "kl": 10.0}, {"beta": 0.3, "margin": 2.0, "kl": 4.0}]  # fmt: skip
-    yield "the largest margin with KL < 10, and 10 itself is not below 10", fn(rows) == 0.1
-    yield "the order of the rows does not matter", fn(rows[::-1]) == 0.1
-    yield "a stricter limit", fn(rows, kl_limit=3.0) == 0.5
-    yield "a wider limit", fn(rows, kl_limit=20.0) == 0.05
-    yield "None where no beta keeps the limit", fn(rows, kl_limit=1.0) is None
-    tied = [{"beta": 0.1, "margin": 2.0, "kl": 3.0}, {"beta": 0.3, "margin": 2.0, "kl": 3.0}]
-    yield "of equal margins the larger beta, which stays closer", fn(tied) == fn(tied[::-1]) == 0.3
-    yield "the rows are left as they were", len(rows) == 4 and rows[0]["beta"] == 0.5
+@exercise("diagnose")
+def _diagnose(fn):
+    def run(accuracy=0.8, **end):
+        start = {"step": 0, "held_out_margin": 0.0, "held_out_logps_chosen": -20.0, "held_out_kl": 0.0}
+        last = {"held_out_margin": 0.9, "held_out_kl": 3.0, "held_out_accuracy": 0.8, "held_out_logps_chosen": -20.5}
+        return [start, *({"step": n, "accuracy": 0.5 if n < 10 else accuracy} for n in range(1, 30)),
+                {"step": 30, "accuracy": accuracy, **last, **end}]  # fmt: skip
+
+    shifted = run()
+    shifted[0]["held_out_margin"] = -0.4
+    yield "a healthy run has no sign", set(fn(run())) == set()
+    yield "a margin at step 0", set(fn(shifted)) == {"wrong reference"}
+    yield "a KL of 25", set(fn(run(held_out_kl=25.0))) == {"too far"}
+    yield "a KL of 20 is not above 20", set(fn(run(held_out_kl=20.0))) == set()
+    yield "training accuracy far above the held-out one", set(fn(run(accuracy=0.98))) == {"learnt by heart"}
+    yield "high on held-out pairs too is no overfitting", set(fn(run(accuracy=0.98, held_out_accuracy=0.96))) == set()
+    yield "the chosen answer became less likely", set(fn(run(held_out_logps_chosen=-23.0))) == {"displacement"}
+    both = run(held_out_logps_chosen=-23.0, held_out_kl=40.0)
+    yield "two signs at once", set(fn(both)) == {"displacement", "too far"}
 
 
 @exercise("conservative_dpo_loss")
@@ -206,3 +213,49 @@ def _best_checkpoint(fn):
     yield "where it only gets worse, the model before training is kept", tuple(fn([1.0, 2.0, 3.0, 4.0], 1)) == (0, 1)
     yield "a NaN is never better", tuple(fn([2.0, float("nan"), 1.0], 0)) == (2, 2)
     yield "not even at the start", tuple(fn([float("nan"), 3.0, 4.0], 0)) == (1, 2)
+
+
+@exercise("wilson_interval")
+def _wilson_interval(fn):
+    low, high = fn(7, 10)
+    yield "7 wins of 10 are 40 % to 89 %", (round(float(low), 2), round(float(high), 2)) == (0.40, 0.89)
+    z, ends = 1.5, [float(end) for end in fn(30, 80, z=1.5)]
+    distances = [(0.375 - p) ** 2 - z**2 * p * (1 - p) / 80 for p in ends]
+    yield "both ends solve the equation, for any z", max(map(abs, distances)) < 1e-12 and ends[0] < 0.375 < ends[1]
+    none, every = fn(0, 20), fn(20, 20)
+    yield "0 of 20 begins at 0, and does not end there", abs(float(none[0])) < 1e-12 and float(none[1]) > 0.05
+    yield "20 of 20 ends at 1, and does not begin there", abs(float(every[1]) - 1) < 1e-12 and float(every[0]) < 0.95
+
+
+@exercise("swap_consistent")
+def _swap_consistent(fn):
+    seen = []
+
+    def fair(prompt, first, second):
+        seen.append((prompt, first, second))
+        return (len(first) > len(second)) - (len(first) < len(second))
+
+    yield "the better answer wins, either way round", (fn(fair, "p", "long", "s"), fn(fair, "p", "s", "long")) == (1, -1)
+    yield "both orders are shown to the judge, with the prompt", set(seen) == {("p", "long", "s"), ("p", "s", "long")}
+    yield "a tie in both orders is a tie", fn(lambda *_: 0, "p", "a", "b") == 0
+    yield "a judge that always takes the first answer decides nothing", fn(lambda *_: 1, "p", "a", "b") == 0
+    yield "one that always takes the second decides nothing either", fn(lambda *_: -1, "p", "a", "b") == 0
+    yield "a win in one order and a tie in the other is a tie", fn(lambda _, x, y: int(x == "a"), "p", "a", "b") == 0
+
+
+@exercise("bradley_terry_strengths")
+def _bradley_terry_strengths(fn):
+    two = [float(s) for s in fn([[0, 7], [3, 0]])]
+    yield "7 wins against 3: strengths 0.7 and 0.3", max(abs(two[0] - 0.7), abs(two[1] - 0.3)) < 1e-9
+    wins = [[0, 6, 8.5], [4, 0, 5], [1.5, 5, 0]]
+    three = [float(s) for s in fn(wins)]
+    yield "the strengths sum to 1", abs(sum(three) - 1) < 1e-9
+
+    def excess(i):  # wins seen minus wins predicted
+        met = [(wins[i][j], wins[i][j] + wins[j][i], three[i] / (three[i] + three[j])) for j in range(3) if j != i]
+        return sum(won - games * chance for won, games, chance in met)
+
+    yield "every player wins as often as predicted", max(abs(excess(i)) for i in range(3)) < 1e-6
+    more = [float(s) for s in fn([[10 * won for won in row] for row in wins])]
+    yield "ten times as many matches with the same results change nothing", max(
+        abs(a - b) for a, b in zip(three, more, strict=True)) < 1e-6

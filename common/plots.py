@@ -298,3 +298,63 @@ def sft_curves(metrics: list[dict], best_step: int, title: str = "") -> Figure:
     _draw_panel(right, [row for row in metrics if row["step"] > 0], "logps")
     figure.suptitle(title)
     return figure
+
+
+def interval_sizes(sizes: list[int], intervals: list[tuple[float, float]], rate: float, title: str = "") -> Figure:
+    """Intervals of one and the same rate, measured on more and more prompts; the dashed line is a draw."""
+    figure, ax = plt.subplots(figsize=(7, 3.2))
+    low, high = np.array(intervals).T
+    ax.fill_between(sizes, low, high, color=OTHER, alpha=0.2)
+    ax.vlines(sizes, low, high, color=OTHER, linewidth=2)
+    ax.plot(sizes, [rate] * len(sizes), "o", color=OTHER)
+    for size, bottom, top in zip(sizes, low, high, strict=True):
+        text = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
+        ax.annotate(f"{top:.0%}", (size, top), xytext=(0, 4), **text)
+        ax.annotate(f"{bottom:.0%}", (size, bottom), xytext=(0, -12), **text)
+    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.set(title=title, xlabel="number of prompts", ylabel="win rate", xscale="log", ylim=(0.25, 1.02))
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.minorticks_off()
+    return figure
+
+
+def labelled_points(
+    groups: dict[str, dict[str, tuple[float, float]]], xlabel: str, ylabel: str, title: str = "",
+    diagonal: bool = False, names: bool = True,
+) -> Figure:  # fmt: skip
+    """A scatter of named points; one colour a group. Groups called "" are pale, without names and legend.
+
+    `diagonal` draws the line of equality and both lines at one half (for two win rates).
+    """
+    figure, ax = plt.subplots(figsize=(7, 4.2))
+    colours = iter((OTHER, REJECTED, CHOSEN, *PALETTE[3:]))
+    for group, points in groups.items():
+        xs, ys = np.array(list(points.values()), dtype=float).reshape(-1, 2).T
+        if not group:
+            ax.plot(xs, ys, "o", color=GREY, alpha=0.5, markersize=5, zorder=1)
+            continue
+        ax.plot(xs, ys, "o", color=next(colours), markersize=7, label=group)
+        for name, x, y in zip(points, xs, ys, strict=True) if names else ():
+            ax.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8)
+    if diagonal:
+        ax.plot([0, 1], [0, 1], color="black", linewidth=1)
+        ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+        ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
+        ax.set(xlim=(0, 1), ylim=(0, 1))
+    if len([group for group in groups if group]) > 1:
+        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.margins(x=0.15, y=0.15)
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figure:
+    """One row of dots per group, spread a little so that they can be told apart; the bar is the median."""
+    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(groups)))
+    for place, (colour, values) in enumerate(zip(PALETTE * 3, reversed(groups.values()), strict=False)):
+        height = place + 0.25 * np.sin(np.arange(len(values)) * 2.4)
+        ax.plot(values, height, "o", color=colour, alpha=0.4, markersize=4)
+        ax.plot([np.median(values)] * 2, [place - 0.38, place + 0.38], color="black", linewidth=1.5)
+    ax.set(title=title, xlabel=xlabel, ylim=(-0.6, len(groups) - 0.4))
+    ax.set_yticks(range(len(groups)), list(reversed(groups)))
+    return figure

@@ -122,7 +122,7 @@ PROFILES = {
     "cpu": Profile(
         name="cpu",
         recipes=_tiny_recipes(
-            base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 2e-4, "epochs": 2},
+            base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 3e-4, "epochs": 2},
             plain={"lr": 4e-5, "epochs": 2}, orpo={"lr": 5e-3, "epochs": 3},
         ),
     ),

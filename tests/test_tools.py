@@ -120,14 +120,23 @@ def test_the_readme_table_has_a_row_per_notebook_and_says_what_was_not_measured(
 
 def test_only_the_text_between_the_comments_changes_and_it_must_be_there():
     old = "a\n<!-- notebook times -->\nold\n<!-- /notebook times -->\nb\n"
-    assert readme_table.updated(old, "new\n") == old.replace("old", "new")
+    assert readme_table.updated(old, "notebook times", "new\n") == old.replace("old", "new")
     with pytest.raises(ValueError, match="found 0"):
-        readme_table.updated("no comments", "new\n")
+        readme_table.updated("no comments", "notebook times", "new\n")
 
 
 @pytest.mark.parametrize("name", readme_table.WORDS)
-def test_the_times_in_the_readmes_are_the_recorded_ones(name):
-    """Nobody types them: `python tools/readme_table.py` brings a README up to date."""
+def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
+    """Nobody types them: `python -m tools.readme_table` brings a README up to date."""
     text = (readme_table.ROOT / name).read_text(encoding="utf-8")
-    results = json.loads(readme_table.RESULTS.read_text(encoding="utf-8"))
-    assert readme_table.updated(text, readme_table.table(results, *readme_table.WORDS[name])) == text
+    results = (readme_table.RESULTS, readme_table.QUALITY)
+    times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in results)
+    assert readme_table.updated(text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])) == text
+    assert readme_table.updated(text, "quality", readme_table.quality.markdown(scores)) == text
+
+
+def test_the_measured_line_names_the_profiles_that_were_not_measured():
+    """80.4 s is 1 min 20 s; of the four profiles only `cpu` has a time here."""
+    results = {"cpu": {"notebooks": {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6}}}}
+    line = readme_table.measured_line(results, f"{LAB}/01-A.ipynb")
+    assert line.endswith("`cpu` 1 min 20 s · 0.62 GB. Not measured: `smoke`, `gpt2`, `qlora-7b`.")

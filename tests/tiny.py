@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from common.models import train_tokenizer
 from common.profiles import PROFILES, Profile
@@ -69,6 +70,18 @@ def tokenizer(vocabulary: int = 400):
     """A byte-level BPE tokenizer trained on one short dialogue."""
     text = "\n\nHuman: What is the kettle for?\n\nAssistant: The kettle is for boiling water, since it does that best."
     return train_tokenizer([text] * 3, vocabulary)
+
+
+def metaspace_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer in the manner of Llama 2 and Mistral: BOS, and '▁' before every text and in place of each space."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    bpe.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
+    bpe.decoder = decoders.Metaspace(replacement="▁", prepend_scheme="always")
+    trainer = trainers.BpeTrainer(vocab_size=200, special_tokens=["<unk>", "<s>", "</s>"], show_progress=False)
+    bpe.train_from_iterator(texts, trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
 def micro_profile(**changes) -> Profile:

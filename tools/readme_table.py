@@ -1,7 +1,8 @@
-"""Writes the measured times of the notebooks into the READMEs: `python tools/readme_table.py`.
+"""Writes what was measured into the READMEs and the notebooks' first cells: `python -m tools.readme_table`.
 
-The table stands between the comments `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it: it
-comes from benchmarks/results/notebooks.json, which `python tools/run_labs.py --fresh --record` writes.
+A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it: the
+times come from benchmarks/results/notebooks.json, which `python tools/run_labs.py --fresh --record` writes, and the
+quality from benchmarks/results/quality.json, which `python -m benchmarks.quality` writes.
 """
 
 import json
@@ -9,13 +10,18 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
+
+from benchmarks import quality
+from common.profiles import PROFILES
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "notebooks.json"
+QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
 WORDS = {  # README → heading of the first column, name of the last row, "not measured"
     "README.md": ("notebook", "all", "not measured"),
     "README.zh-TW.md": ("筆記本", "全部", "未測量"),
 }
-BETWEEN = re.compile(r"(<!-- notebook times -->\n).*?(<!-- /notebook times -->)", re.DOTALL)
 
 
 def measured(timing: dict[str, float]) -> str:
@@ -51,21 +57,48 @@ def table(results: dict, first: str, last: str, missing: str) -> str:
     return "\n".join(["| " + " | ".join(row) + " |" for row in rows] + ["", *machines]) + "\n"
 
 
-def updated(readme: str, new: str) -> str:
-    """A README's text with `new` between the two comments. Raises: ValueError if they are not there once."""
-    text, count = BETWEEN.subn(lambda match: match[1] + new + match[2], readme)
+def updated(readme: str, name: str, new: str) -> str:
+    """A README's text with `new` between the comments of `name`. Raises: ValueError if they are not there once."""
+    between = re.compile(rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)", re.DOTALL)
+    text, count = between.subn(lambda match: match[1] + new + match[2], readme)
     if count != 1:
-        raise ValueError(f"expected one pair of 'notebook times' comments, found {count}")
+        raise ValueError(f"expected one pair of {name!r} comments, found {count}")
     return text
+
+
+def measured_line(results: dict, notebook: str) -> str:
+    """The line under a notebook's title: profile × time × peak memory, and what was not measured."""
+    known = {profile: result["notebooks"].get(notebook) for profile, result in results.items()}
+    shown = [f"`{profile}` {measured(timing)}" for profile, timing in known.items() if timing]
+    missing = [f"`{profile}`" for profile in PROFILES if not known.get(profile)]
+    rest = f" Not measured: {', '.join(missing)}." if missing else ""
+    return f"<!-- measured --> Measured: {', '.join(shown)}.{rest}"
+
+
+def mark_notebook(path: Path, line: str) -> None:
+    """Puts the measured line into a notebook's first cell. Raises: ValueError if it has no place for it."""
+    notebook = nbformat.read(path, as_version=4)
+    notebook.cells[0].source, count = re.subn(r"<!-- measured -->.*", lambda _: line, notebook.cells[0].source)
+    if count != 1:
+        raise ValueError(f"{path.name}: expected one `<!-- measured -->` in the first cell, found {count}")
+    nbformat.write(notebook, path)
+
+
+def update_readmes() -> None:
+    """Both READMEs, from the two result files."""
+    times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, QUALITY))
+    for name, words in WORDS.items():
+        path = ROOT / name
+        text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
+        path.write_text(updated(text, "quality", quality.markdown(scores)), encoding="utf-8", newline="\n")
+        print(f"{name}: times of {', '.join(times)}; quality of {', '.join(scores['profiles'])}")
 
 
 def main() -> int:
     results = json.loads(RESULTS.read_text(encoding="utf-8"))
-    for name, words in WORDS.items():
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8")
-        path.write_text(updated(text, table(results, *words)), encoding="utf-8", newline="\n")
-        print(f"{name}: times of {', '.join(results)}")
+    for name in sorted({name for result in results.values() for name in result["notebooks"]}):
+        mark_notebook(ROOT / name, measured_line(results, name))
+    update_readmes()
     return 0
 
 

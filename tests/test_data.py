@@ -1,0 +1,453 @@
+"""Reading, cleaning, splitting, tokenising and collating preference data."""
+
+import gzip
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+
+from common.data import (
+    DataError,
+    as_prompt,
+    collate,
+    load_lab_data,
+    load_pairs,
+    split_transcript,
+    tokenize_demonstrations,
+    tokenize_pairs,
+    tokenize_texts,
+)
+from common.profiles import get_profile
+from common.runs import Lab
+
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+HH_ROWS = Path(__file__).parent / "data" / "hh_rows.jsonl"  # 11 rows of our own, each with a quirk of HH-RLHF
+HH_SAMPLE = os.environ.get("HH_SAMPLE")
+
+
+def hh(prompt: str, chosen: str, rejected: str) -> dict:
+    """One row in the HH-RLHF schema: two whole transcripts."""
+    start = f"{HUMAN} {prompt}{ASSISTANT}"
+    return {"chosen": start + chosen, "rejected": start + rejected}
+
+
+def many(count: int) -> list[dict]:
+    return [hh(f"What is {number} and one?", f" It is {number + 1}.", " Who knows.") for number in range(count)]
+
+
+GOOD = hh("Hi", " Hello!", " What?")
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+# --- HH-RLHF transcripts
+
+
+def test_hh_rows_are_counted_by_what_is_wrong_with_them():
+    """11 rows: one empty side, one with prompts that differ, one with identical sides, one without an assistant."""
+    pairs, report = load_pairs(HH_ROWS)
+    assert dict(report.dropped) == {
+        "empty side": 1, "prompts that differ": 1, "identical sides": 1, "no assistant turn": 1,
+    }  # fmt: skip
+    assert (report.rows, report.kept, len(pairs)) == (11, 7, 7)
+
+
+def test_prompts_end_at_the_assistant_turn_and_responses_start_with_one_space():
+    for pair in load_pairs(HH_ROWS)[0]:
+        assert pair["prompt"].startswith(HUMAN) and pair["prompt"].endswith(ASSISTANT)
+        for side in ("chosen", "rejected"):
+            assert pair[side].startswith(" ") and pair[side] == " " + pair[side].strip()
+
+
+def test_no_word_of_a_transcript_is_lost_or_added():
+    """Prompt and response together are the transcript again, white space aside: nothing is cut where the prompt's
+    words, 'Human:' or 'Assistant:' come again in a response."""
+    rows = [json.loads(line) for line in HH_ROWS.read_text(encoding="utf-8").splitlines()]
+    transcripts = {tuple(row["chosen"].split()): tuple(row["rejected"].split()) for row in rows}
+    for pair in load_pairs(HH_ROWS)[0]:
+        chosen, rejected = ((pair["prompt"] + pair[side]).split() for side in ("chosen", "rejected"))
+        joined = {"".join(key): "".join(value) for key, value in transcripts.items()}
+        assert joined["".join(chosen)] == "".join(rejected)
+
+
+def test_the_prompt_of_a_dialogue_is_everything_before_the_last_answer():
+    pairs = load_pairs(HH_ROWS)[0].to_list()
+    [dialogue] = [pair for pair in pairs if "Socks" in pair["chosen"]]
+    before = f"{HUMAN} I need a name for my cat.{ASSISTANT} What does she look like?"
+    assert dialogue["prompt"] == f"{before}{HUMAN} Grey, with white paws.{ASSISTANT}"
+    assert dialogue["chosen"] == " How about Socks? It suits the paws."
+
+
+def test_a_response_may_repeat_its_prompt():
+    """`text.replace(prompt, "")` would eat the repetition."""
+    [pair] = [pair for pair in load_pairs(HH_ROWS)[0] if "Say:" in pair["prompt"]]
+    assert pair["chosen"] == " I like tea. You asked me to say: I like tea."
+    assert pair["rejected"] == " Say: I like tea."
+
+
+def test_split_transcript_by_hand():
+    assert split_transcript(f"{HUMAN} a{ASSISTANT} b{HUMAN} c{ASSISTANT} d") == (
+        f"{HUMAN} a{ASSISTANT} b{HUMAN} c{ASSISTANT}", " d",
+    )  # fmt: skip
+    assert split_transcript(f"{HUMAN} a") is None
+
+
+def test_plain_rows_are_wrapped_in_the_dialogue_format_once():
+    bare, whole = {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"}, f"{HUMAN} Hi{ASSISTANT}"
+    expected = {"prompt": whole, "chosen": " Hello!", "rejected": " What?"}
+    assert load_pairs([bare])[0].to_list() == load_pairs([{**bare, "prompt": whole}])[0].to_list() == [expected]
+    assert as_prompt(as_prompt(" Hi ")) == whole
+
+
+# --- bad input
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
+def test_a_malformed_line_is_named_by_file_and_number(tmp_path, ending):
+    """Line 4 of the file: line 2 is empty and counts."""
+    lines = json.dumps(GOOD) + "\n\n" + json.dumps(GOOD) + '\n{"chosen": "cut off\n' + json.dumps(GOOD) + "\n"
+    path = tmp_path / f"mine{ending}"
+    path.write_bytes(gzip.compress(lines.encode()) if ending.endswith("gz") else lines.encode())
+    with pytest.raises(DataError, match=rf"mine{ending}, line 4: not valid JSON"):
+        load_pairs(path)
+
+
+def test_a_malformed_json_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('[\n{"chosen": "a"},\n oops]', encoding="utf-8")
+    with pytest.raises(DataError, match=r"mine\.json, line 3: not valid JSON"):
+        load_pairs(path)
+
+
+def test_a_json_file_must_hold_a_list(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text('{"rows": []}', encoding="utf-8")
+    with pytest.raises(DataError, match=r"mine\.json: expected a JSON list of rows, found dict"):
+        load_pairs(path)
+
+
+@pytest.mark.parametrize("missing", ["chosen", "rejected"])
+def test_a_missing_column_is_named_with_those_that_are_there(missing):
+    row = {name: text for name, text in {**GOOD, "score": "1"}.items() if name != missing}
+    with pytest.raises(DataError, match=f"needs the columns chosen and rejected; .* has: {next(iter(row))}, score"):
+        load_pairs([GOOD, row])
+
+
+@pytest.mark.parametrize(("column", "value", "kind"), [("chosen", 5, "int"), ("rejected", ["a"], "list"),
+                                                       ("prompt", {"role": "user"}, "dict")])  # fmt: skip
+def test_a_wrong_type_is_named(column, value, kind):
+    row = {"prompt": "a", "chosen": "b", "rejected": "c", column: value}
+    with pytest.raises(DataError, match=f"column {column} must hold text, not {kind}"):
+        load_pairs([row])
+
+
+def test_a_row_that_is_no_object_is_named():
+    with pytest.raises(DataError, match="this one has: list"):
+        load_pairs([["chosen", "rejected"]])
+
+
+@pytest.mark.parametrize(("row", "reason"), [
+    (hh("a", "", " b"), "empty side"),
+    (hh("a", " b", "  \n"), "empty side"),
+    ({"chosen": "", "rejected": GOOD["rejected"]}, "empty side"),
+    ({"chosen": None, "rejected": GOOD["rejected"]}, "empty side"),
+    ({"prompt": "a", "chosen": "b", "rejected": None}, "empty side"),
+    ({"prompt": " ", "chosen": "b", "rejected": "c"}, "empty prompt"),
+    ({"prompt": None, "chosen": "b", "rejected": "c"}, "empty prompt"),
+    (hh("a", " b", " b"), "identical sides"),
+    (hh("a", " b", "b \n"), "identical sides"),
+    ({"chosen": "Hello", "rejected": GOOD["rejected"]}, "no assistant turn"),
+    ({"chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"}, "no assistant turn"),
+    ({"chosen": hh("a", " b", "")["chosen"], "rejected": hh("A", " c", "")["chosen"]}, "prompts that differ"),
+])  # fmt: skip
+def test_an_unusable_row_is_dropped_and_counted(row, reason):
+    pairs, report = load_pairs([GOOD, row])
+    assert dict(report.dropped) == {reason: 1}
+    assert len(pairs) == report.kept == 1
+    assert f"dropped      1  {reason}" in str(report) and "2 rows read, 1 kept" in str(report)
+
+
+def test_no_row_left_is_an_error_that_says_why():
+    with pytest.raises(DataError, match=r"(?s)No row is left after cleaning.*dropped +2 +empty side"):
+        load_pairs([hh("a", "", " b"), hh("a", " b", "")])
+
+
+def test_an_empty_file_is_an_error(tmp_path):
+    with pytest.raises(DataError, match="(?s)No row is left.*0 rows read"):
+        load_pairs(write_rows(tmp_path / "mine.jsonl", []))
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    for source in (tmp_path / "none.jsonl", "data/none.parquet", "none"):
+        with pytest.raises(DataError, match=r"none.*: no such file or folder\. Check LAB_DATA"):
+            load_pairs(source)
+
+
+def test_a_folder_without_data_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("nothing here")
+    with pytest.raises(DataError, match=r"no \.jsonl, \.jsonl\.gz, \.json, \.parquet file in this folder"):
+        load_pairs(tmp_path)
+
+
+def test_an_unreachable_hub_says_how_to_go_on_offline():
+    """The tests run with HF_HUB_OFFLINE=1."""
+    with pytest.raises(DataError, match="(?s)'nobody/nothing' from the hub.*offline.*LAB_DATA.*LAB_PROFILE=cpu"):
+        load_pairs("nobody/nothing", "train")
+
+
+# --- readers and splits
+
+
+def test_all_readers_agree(tmp_path):
+    """The same eleven rows as .jsonl, .jsonl.gz, .json and .parquet, as a list, and in a folder."""
+    rows = [json.loads(line) for line in HH_ROWS.read_text(encoding="utf-8").splitlines()]
+    packed = tmp_path / "rows.jsonl.gz"
+    packed.write_bytes(gzip.compress(HH_ROWS.read_bytes()))
+    whole = tmp_path / "rows.json"
+    whole.write_text(json.dumps(rows), encoding="utf-8")
+    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
+    expected = load_pairs(HH_ROWS)[0].to_list()
+    for source in (packed, str(whole), tmp_path / "rows.parquet", rows):
+        assert load_pairs(source)[0].to_list() == expected
+
+
+def test_a_folder_is_read_file_by_file_in_order_of_name(tmp_path):
+    rows = many(4)
+    write_rows(tmp_path / "b.jsonl", rows[2:])
+    write_rows(tmp_path / "a.jsonl", rows[:2])
+    (tmp_path / "README.md").write_text("not data")
+    assert load_pairs(tmp_path)[0].to_list() == load_pairs(rows)[0].to_list()
+
+
+def test_without_split_every_clean_row_comes_in_order():
+    pairs, report = load_pairs(many(50))
+    assert [pair["chosen"] for pair in pairs] == [f" It is {number + 1}." for number in range(50)]
+    assert report.rows == report.kept == 50
+
+
+def test_train_and_test_share_no_prompt_and_lose_no_row():
+    """Each prompt twice, with other answers: both rows stand on the same side."""
+    rows = many(300) + [hh(f"What is {number} and one?", " More.", " Less.") for number in range(300)]
+    train, test = (load_pairs(rows, split)[0] for split in ("train", "test"))
+    assert not set(train["prompt"]) & set(test["prompt"])
+    assert len(train) + len(test) == 600
+    assert len(test) == 2 * len(set(test["prompt"]))
+
+
+def test_about_a_tenth_of_the_prompts_is_held_out():
+    """Of these 600 prompts a fixed number: the split is a function of the text, so this cannot flake."""
+    held_out = len(load_pairs(many(600), "test")[0])
+    assert 40 <= held_out <= 80
+
+
+def test_the_split_of_a_prompt_does_not_depend_on_the_other_rows():
+    whole, reversed_half = load_pairs(many(200), "test")[0], load_pairs(many(100)[::-1], "test")[0]
+    assert set(reversed_half["prompt"]) == set(whole["prompt"]) & set(load_pairs(many(100))[0]["prompt"])
+
+
+def test_limit_counts_clean_rows():
+    rows = [hh("bad", "", " b"), *many(5)]
+    pairs, report = load_pairs(rows, limit=3)
+    assert pairs.to_list() == load_pairs(many(3))[0].to_list()
+    assert report.dropped["empty side"] == 1
+
+
+# --- tokenisation
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny.tokenizer()
+
+
+@pytest.fixture(scope="module")
+def metaspace():
+    pairs = load_pairs(HH_ROWS)[0]
+    return tiny.metaspace_tokenizer([pair["prompt"] + pair[side] for pair in pairs for side in ("chosen", "rejected")])
+
+
+def test_separate_tokenisation_equals_joint(tokenizer):
+    """Byte-level BPE: a response starts with its own space, so no token spans the boundary."""
+    pairs = load_pairs(HH_ROWS)[0]
+    for row in tokenize_pairs(pairs, tokenizer, 1000)[0]:
+        assert row["prompt_ids"] == tokenizer(row["prompt"])["input_ids"]
+        for side in ("chosen", "rejected"):
+            assert row[f"{side}_ids"] == tokenizer(row[side])["input_ids"] + [tokenizer.eos_token_id]
+            joint = tokenizer(row["prompt"] + row[side])["input_ids"]
+            assert row["prompt_ids"] + row[f"{side}_ids"] == joint + [tokenizer.eos_token_id]
+
+
+def test_other_tokenizers_are_split_by_offsets(metaspace):
+    """Tokenised separately, a response would begin with '▁' twice. Split by offsets, prompt and response are the one
+    joint text, BOS comes once, and the prompt is what generation will see."""
+    pairs = load_pairs(HH_ROWS)[0]
+    bos, eos = metaspace.bos_token_id, metaspace.eos_token_id
+    differs = 0
+    for row in tokenize_pairs(pairs, metaspace, 1000)[0]:
+        assert row["prompt_ids"] == metaspace(row["prompt"])["input_ids"]
+        assert row["prompt_ids"].count(bos) == 1 and row["prompt_ids"][0] == bos
+        for side in ("chosen", "rejected"):
+            ids = row[f"{side}_ids"]
+            joint = metaspace(row["prompt"] + row[side], add_special_tokens=False)["input_ids"]
+            assert [*row["prompt_ids"], *ids] == [bos, *joint, eos]
+            assert metaspace.decode(ids[:-1]).strip() == row[side].strip()
+            differs += ids[:-1] != metaspace(row[side], add_special_tokens=False)["input_ids"]
+    assert differs == 2 * len(pairs)
+
+
+def test_a_response_that_fits_ends_with_eos_and_one_that_is_cut_does_not(tokenizer):
+    """At a limit of prompt + chosen + EOS the chosen answer just fits; one token less cuts its EOS off."""
+    pairs = load_pairs([hh("Hi", " Hello, how can I help?", " No.")])[0]
+    [row] = tokenize_pairs(pairs, tokenizer, 1000)[0]
+    end, limit = tokenizer.eos_token_id, len(row["prompt_ids"]) + len(row["chosen_ids"])
+    [fits], report = tokenize_pairs(pairs, tokenizer, limit)
+    assert fits["chosen_ids"] == row["chosen_ids"] and row["chosen_ids"][-1] == end and not report.cut
+    [cut], report = tokenize_pairs(pairs, tokenizer, limit - 1)
+    assert cut["chosen_ids"] == row["chosen_ids"][:-1] and end not in cut["chosen_ids"]
+    assert cut["rejected_ids"][-1] == end
+    assert dict(report.cut) == {f"chosen response, to fit {limit - 1} tokens": 1}
+    assert "cut          1  chosen response" in str(report)
+
+
+def test_a_prompt_as_long_as_the_context_is_dropped_and_counted(tokenizer):
+    pairs = load_pairs([GOOD, hh("Tell me " * 30, " b", " c")])[0]
+    limit = len(tokenizer(pairs[1]["prompt"])["input_ids"])
+    rows, report = tokenize_pairs(pairs, tokenizer, limit)
+    assert rows["prompt"] == [pairs[0]["prompt"]]
+    assert sum(report.dropped.values()) == 1 and "prompt as long as the context" in str(report)
+    rows, report = tokenize_pairs(pairs, tokenizer, limit + 1)  # room for one token
+    assert len(rows) == 2 and len(rows[1]["chosen_ids"]) == 1
+
+
+def test_no_row_left_after_tokenisation_is_an_error_that_says_what_to_do(tokenizer):
+    pairs = load_pairs([GOOD])[0]
+    with pytest.raises(DataError, match=r"(?s)No row is left after tokenisation: raise max_length.*dropped +1"):
+        tokenize_pairs(pairs, tokenizer, 4)
+
+
+def test_demonstrations_have_prompt_and_chosen_only(tokenizer):
+    rows, report = tokenize_demonstrations([{"prompt": as_prompt("Hi"), "chosen": " Hello!"}], tokenizer, 64)
+    assert set(rows.column_names) == {"prompt", "chosen", "prompt_ids", "chosen_ids"}
+    assert rows[0]["chosen_ids"] == tokenizer(" Hello!")["input_ids"] + [tokenizer.eos_token_id]
+
+
+def test_texts_are_split_into_blocks_and_nothing_is_lost(tokenizer):
+    """Blocks of at most 9 tokens after one EOS; put together again they are the text and its EOS."""
+    texts, end = ["The kettle is for boiling water, since it does that best.", "Hi"], tokenizer.eos_token_id
+    rows = tokenize_texts(texts, tokenizer, 10)
+    assert all(row["prompt_ids"] == [end] and 1 <= len(row["chosen_ids"]) <= 9 for row in rows)
+    joined = [token for row in rows for token in row["chosen_ids"]]
+    assert joined == [token for text in texts for token in [*tokenizer(text)["input_ids"], end]]
+
+
+# --- collation
+
+
+def test_collate_pads_on_the_right_and_keeps_the_lengths():
+    rows = [{"prompt_ids": [5], "chosen_ids": [6, 7, 1], "rejected_ids": [1]},
+            {"prompt_ids": [8, 9], "chosen_ids": [1], "rejected_ids": [4, 1]}]  # fmt: skip
+    batch = {name: tensor.tolist() for name, tensor in collate(rows, pad_id=0).items()}
+    assert batch == {
+        "prompt_ids": [[5, 0], [8, 9]], "prompt_lengths": [1, 2],
+        "chosen_ids": [[6, 7, 1], [1, 0, 0]], "chosen_lengths": [3, 1],
+        "rejected_ids": [[1, 0], [4, 1]], "rejected_lengths": [1, 2],
+    }  # fmt: skip
+
+
+def test_collate_counts_eos_even_where_it_is_the_pad():
+    """Masks by comparing with the pad id would hide the EOS that must be scored."""
+    batch = collate([{"prompt_ids": [5], "chosen_ids": [6, 1]}, {"prompt_ids": [5], "chosen_ids": [1]}], pad_id=1)
+    assert batch["chosen_lengths"].tolist() == [2, 1]
+    assert batch["chosen_ids"].tolist() == [[6, 1], [1, 1]]
+
+
+def test_collate_takes_the_sides_that_are_asked_for():
+    rows = tiny.ragged_rows(2)
+    assert set(collate(rows, sides=("chosen",))) == {"prompt_ids", "prompt_lengths", "chosen_ids", "chosen_lengths"}
+    assert collate(rows)["chosen_ids"].dtype == torch.int64
+
+
+# --- a lab's data
+
+
+def test_own_data_serve_for_every_stage(tmp_path, monkeypatch):
+    """LAB_DATA: the tokenizer and base learn from its training rows, SFT from its chosen answers; no world, no rule."""
+    path = write_rows(tmp_path / "mine.jsonl", many(80))
+    monkeypatch.setenv("LAB_DATA", str(path))
+    profile = replace(get_profile("smoke"), held_out=3)
+    data = load_lab_data(profile)
+    assert data.world is None and data.name == "mine.jsonl"
+    assert len(data.test) == 3 and not set(data.train["prompt"]) & set(data.test["prompt"])
+    assert data.texts == [pair["prompt"] + pair["chosen"] for pair in data.train]
+    assert data.demonstrations["chosen"] == data.train["chosen"]
+    assert data.prompts == list(dict.fromkeys(data.test["prompt"]))
+
+
+def test_the_world_goes_through_the_same_parser():
+    data = load_lab_data(tiny.micro_profile())
+    assert data.world is not None
+    assert (len(data.train), len(data.test), len(data.prompts), len(data.demonstrations)) == (40, 8, 8, 60)
+    assert data.reports["train"].kept == 40 and all(prompt.endswith(ASSISTANT) for prompt in data.train["prompt"])
+
+
+def test_prompts_without_room_for_an_answer_are_counted(tmp_path, monkeypatch):
+    """Held-out prompts of about 60 and about 20 tokens where an answer may take 100 of 150."""
+    long = [hh(f"Please tell me {'once more ' * 40}what {number} is", " b", " c") for number in range(60)]
+    monkeypatch.setenv("LAB_DATA", str(write_rows(tmp_path / "mine.jsonl", many(60) + long)))
+    profile = replace(get_profile("smoke"), max_length=150, max_new_tokens=100)
+    lab = Lab(profile)
+    lab.tokenizer = tiny.tokenizer()
+    lengths = [len(lab.tokenizer(prompt)["input_ids"]) for prompt in lab.data.prompts]
+    fits = [prompt for prompt, length in zip(lab.data.prompts, lengths, strict=True) if length <= 50]
+    assert 0 < len(fits) < len(lengths)
+    assert lab.prompts == fits
+    assert lab.data.reports["prompts"].kept == len(fits)
+
+
+# --- the real thing
+
+
+@pytest.fixture(scope="module")
+def sample() -> list[dict]:
+    if not HH_SAMPLE:
+        pytest.skip("HH_SAMPLE does not name a file of real HH-RLHF rows")
+    with gzip.open(HH_SAMPLE, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def test_real_rows_survive_cleaning_and_the_rest_is_counted(sample):
+    """Counted here by another route: the transcripts are cut at the last mark by str.rsplit."""
+    empty = differ = 0
+    for row in sample:
+        (prompt, chosen), (other, rejected) = (row[side].rsplit(ASSISTANT, 1) for side in ("chosen", "rejected"))
+        empty += prompt == other and not (chosen.strip() and rejected.strip())
+        differ += prompt != other
+    pairs, report = load_pairs(HH_SAMPLE)
+    assert report.rows == len(sample) == 1500 and len(pairs) >= 1490
+    assert report.dropped["empty side"] == empty > 0
+    assert report.dropped["prompts that differ"] == differ > 0
+    assert report.kept == len(pairs) == 1500 - sum(report.dropped.values())
+
+
+def test_real_prompts_end_at_the_assistant_turn(sample):
+    for pair in load_pairs(HH_SAMPLE)[0]:
+        assert pair["prompt"].startswith(HUMAN) and pair["prompt"].endswith(ASSISTANT)
+        assert pair["chosen"].strip() != pair["rejected"].strip() != ""
+        assert all(ASSISTANT not in pair[side] and pair[side].startswith(" ") for side in ("chosen", "rejected"))
+
+
+def test_more_than_a_thousand_real_pairs_are_trained_on(sample, monkeypatch):
+    """On smoke's model, whose context grows to 256: after the split and the tokenizer, with its own vocabulary."""
+    monkeypatch.setenv("LAB_DATA", HH_SAMPLE)
+    lab = Lab(get_profile("smoke"))
+    assert lab.profile.max_length >= 256
+    assert len(lab.train_pairs) >= 1000
+    assert lab.data.reports["train tokens"].kept == len(lab.train_pairs)
