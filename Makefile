@@ -25,7 +25,7 @@ test: $(STAMP) ## lint, unit and parity tests, then every notebook on the smoke 
 
 notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
 	@env -u LAB_MODEL -u LAB_DATA LAB_PROFILE=cpu $(PY) tools/run_labs.py --fresh --in-place --record
-	@$(PY) -m tools.readme_table
+	@$(PY) tools/readme_table.py
 
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
 	@$(PY) -m benchmarks.quality

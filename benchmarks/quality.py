@@ -18,16 +18,11 @@ from common.judges import RuleJudge, head_to_head
 from common.profiles import get_profile
 from common.runs import Lab, versions, write_json
 from common.training import train
+from tools.results_table import QUALITY_MEASURES, quality_markdown
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = {"cpu": (101, 102, 103), "smoke": (101,)}
 STAGES = ("sft", "sft_chosen", "dpo_plain", "dpo")
-SHOWN = {  # measure: heading
-    "perplexity": "perplexity", "reward_margin": "margin (β = 0.1)", "preference_accuracy": "held-out accuracy",
-    "kl": "KL to SFT (nats)", "helpfulness": "helpfulness (1–5)", "harmlessness": "harmlessness (1–5)",
-    "relevance": "relevance (1–5)", "safe_on_harmful": "safe on harmful", "over_refusal": "over-refusal",
-    "ended_with_eos": "ended with EOS", "length_tokens": "length (tokens)",
-}  # fmt: skip
 
 
 def thresholds(profile: str, seeds: list[dict], models: dict, rates: list[float]) -> list[tuple]:
@@ -79,7 +74,7 @@ def summarise(profile: str, seeds: list[dict]) -> dict:
     """Means and standard deviations over seeds, and the thresholds with what was measured."""
     models = {}
     for stage in STAGES:
-        pairs = {name: over_seeds([seed["models"][stage][name] for seed in seeds]) for name in SHOWN}
+        pairs = {name: over_seeds([seed["models"][stage][name] for seed in seeds]) for name in QUALITY_MEASURES}
         models[stage] = {name: pair[0] for name, pair in pairs.items()} | {
             "std": {name: pair[1] for name, pair in pairs.items()}
         }
@@ -92,26 +87,6 @@ def summarise(profile: str, seeds: list[dict]) -> dict:
     ]  # fmt: skip
     win_rate = {name: {"rate": value, "std": spread} for name, (value, spread) in rates.items()}
     return {"seeds": seeds, "models": models, "win_rate": win_rate, "thresholds": checks}
-
-
-def markdown(results: dict) -> str:
-    """The tables of the README: measures by model, win rates, and the thresholds."""
-    lines = []
-    for profile, result in results["profiles"].items():
-        seeds, models = result["seeds"], result["models"]
-        numbers = ", ".join(str(seed["seed"]) for seed in seeds)
-        prompts = f"{seeds[0]['prompts']} held-out prompts × {seeds[0]['samples']} samples at temperature 1"
-        lines += [f"`{profile}`, {'seeds' if len(seeds) > 1 else 'seed'} {numbers}; {prompts}:", ""]
-        lines += ["| | " + " | ".join(STAGES) + " |", "|---|" + "---|" * len(STAGES)]
-        shown = [result["win_rate"].get(f"{stage}_vs_sft") for stage in STAGES]
-        cells = [f"{rate['rate']:.3f} ± {rate['std']:.3f}" if rate else "0.5 by definition" for rate in shown]
-        lines.append("| **win rate against SFT** | " + " | ".join(cells) + " |")
-        for name, heading in SHOWN.items():
-            cells = [f"{models[stage][name]:.3f} ± {models[stage]['std'][name]:.3f}" for stage in STAGES]
-            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
-        rate = result["win_rate"]["dpo_vs_sft_chosen"]
-        lines += ["", f"`dpo` against `sft_chosen`, head to head: {rate['rate']:.3f} ± {rate['std']:.3f}.", ""]
-    return "\n".join(lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -127,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
     for profile in options.profiles:
         seeds = [run_seed(profile, seed) for seed in options.seeds or SEEDS[profile]]
         results["profiles"][profile] = summarise(profile, seeds)
-    print(markdown(results))
+    print(quality_markdown(results))
     missed = 0
     for profile, result in results["profiles"].items():
         for check in result["thresholds"]:

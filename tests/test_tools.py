@@ -127,12 +127,12 @@ def test_only_the_text_between_the_comments_changes_and_it_must_be_there():
 
 @pytest.mark.parametrize("name", readme_table.WORDS)
 def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
-    """Nobody types them: `python -m tools.readme_table` brings a README up to date."""
+    """Nobody types them: `python tools/readme_table.py` brings a README up to date."""
     text = (readme_table.ROOT / name).read_text(encoding="utf-8")
     results = (readme_table.RESULTS, readme_table.QUALITY)
     times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in results)
     assert readme_table.updated(text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])) == text
-    assert readme_table.updated(text, "quality", readme_table.quality.markdown(scores)) == text
+    assert readme_table.updated(text, "quality", readme_table.quality_markdown(scores)) == text
 
 
 def test_the_measured_line_names_the_profiles_that_were_not_measured():

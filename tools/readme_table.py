@@ -1,4 +1,4 @@
-"""Writes what was measured into the READMEs and the notebooks' first cells: `python -m tools.readme_table`.
+"""Writes what was measured into the READMEs and the notebooks' first cells: `python tools/readme_table.py`.
 
 A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it: the
 times come from benchmarks/results/notebooks.json, which `python tools/run_labs.py --fresh --record` writes, and the
@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 import nbformat
+from results_table import quality_markdown
 
-from benchmarks import quality
 from common.profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +90,7 @@ def update_readmes() -> None:
     for name, words in WORDS.items():
         path = ROOT / name
         text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
-        path.write_text(updated(text, "quality", quality.markdown(scores)), encoding="utf-8", newline="\n")
+        path.write_text(updated(text, "quality", quality_markdown(scores)), encoding="utf-8", newline="\n")
         print(f"{name}: times of {', '.join(times)}; quality of {', '.join(scores['profiles'])}")
 
 

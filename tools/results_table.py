@@ -54,5 +54,34 @@ def results_table(folder: Path) -> str:
     return "\n".join([f"From {' and '.join(map(str, files))}:", "", *lines])
 
 
+QUALITY_MEASURES = {  # key in benchmarks/results/quality.json → heading
+    "perplexity": "perplexity", "reward_margin": "margin (β = 0.1)", "preference_accuracy": "held-out accuracy",
+    "kl": "KL to SFT (nats)", "helpfulness": "helpfulness (1–5)", "harmlessness": "harmlessness (1–5)",
+    "relevance": "relevance (1–5)", "safe_on_harmful": "safe on harmful", "over_refusal": "over-refusal",
+    "ended_with_eos": "ended with EOS", "length_tokens": "length (tokens)",
+}  # fmt: skip
+
+
+def quality_markdown(results: dict) -> str:
+    """What `benchmarks/quality.py` measured, for the READMEs: one column per stage, mean ± deviation over seeds."""
+    lines = []
+    for profile, result in results["profiles"].items():
+        seeds, models = result["seeds"], result["models"]
+        stages = list(models)
+        numbers = ", ".join(str(seed["seed"]) for seed in seeds)
+        prompts = f"{seeds[0]['prompts']} held-out prompts × {seeds[0]['samples']} samples at temperature 1"
+        lines += [f"`{profile}`, {'seeds' if len(seeds) > 1 else 'seed'} {numbers}; {prompts}:", ""]
+        lines += ["| | " + " | ".join(stages) + " |", "|---|" + "---|" * len(stages)]
+        shown = [result["win_rate"].get(f"{stage}_vs_sft") for stage in stages]
+        cells = [f"{rate['rate']:.3f} ± {rate['std']:.3f}" if rate else "0.5 by definition" for rate in shown]
+        lines.append("| **win rate against SFT** | " + " | ".join(cells) + " |")
+        for name, heading in QUALITY_MEASURES.items():
+            cells = [f"{models[stage][name]:.3f} ± {models[stage]['std'][name]:.3f}" for stage in stages]
+            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+        rate = result["win_rate"]["dpo_vs_sft_chosen"]
+        lines += ["", f"`dpo` against `sft_chosen`, head to head: {rate['rate']:.3f} ± {rate['std']:.3f}.", ""]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(results_table(Path(sys.argv[1]) if len(sys.argv) > 1 else get_profile().folder))
