@@ -235,7 +235,7 @@ def _swap_consistent(fn):
         seen.append((prompt, first, second))
         return (len(first) > len(second)) - (len(first) < len(second))
 
-    yield "the better answer wins, either way round", (fn(fair, "p", "long", "s"), fn(fair, "p", "s", "long")) == (1, -1)
+    yield "the better answer always wins", (fn(fair, "p", "long", "s"), fn(fair, "p", "s", "long")) == (1, -1)
     yield "both orders are shown to the judge, with the prompt", set(seen) == {("p", "long", "s"), ("p", "s", "long")}
     yield "a tie in both orders is a tie", fn(lambda *_: 0, "p", "a", "b") == 0
     yield "a judge that always takes the first answer decides nothing", fn(lambda *_: 1, "p", "a", "b") == 0

@@ -120,14 +120,19 @@ def histograms(groups: dict[str, list[float]], xlabel: str, title: str = "", lim
     """Distributions over each other, with their medians; `limit` draws a dashed line (the context, say)."""
     figure, ax = plt.subplots(figsize=(7, 3.2))
     everything = np.concatenate([np.asarray(values, dtype=float) for values in groups.values()])
-    bins = np.linspace(everything.min() - 0.5, everything.max() + 0.5, 40)
+    low, high = everything.min() - 0.5, everything.max() + 0.5
+    if (everything == everything.round()).all():  # counts: every bin holds equally many whole numbers
+        width = np.ceil((high - low) / 40)
+        bins = np.arange(low, high + width, width)
+    else:
+        bins = np.linspace(low, high, 40)
     for colour, (name, values) in zip((CHOSEN, REJECTED, OTHER, GREY), groups.items(), strict=False):
         ax.hist(values, bins=bins, alpha=0.45, color=colour, label=f"{name}, median {np.median(values):.0f}")
         ax.axvline(np.median(values), color=colour, linewidth=1)
     if limit:
         ax.axvline(limit, color="black", linestyle="--", label=f"limit {limit:.0f}")
     ax.set(title=title, xlabel=xlabel, ylabel="number of rows")
-    ax.legend()
+    ax.legend(frameon=True, edgecolor="none", framealpha=0.9)
     return figure
 
 
@@ -145,6 +150,7 @@ def bars(
         heights = [row[name] for name in measures]
         drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model, yerr=half, capsize=2)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
+    ax.margins(y=0.1)  # room for the labels
     ax.set(title=title, ylabel=ylabel, xticks=range(len(measures)), ylim=ylim)
     ax.set_xticklabels(measures, rotation=20 if len(measures) > 5 else 0, ha="right" if len(measures) > 5 else "center")
     ax.legend(loc="upper left", bbox_to_anchor=(1, 1))

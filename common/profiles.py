@@ -74,8 +74,8 @@ class Profile:
 
     @property
     def folder(self) -> Path:
-        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`."""
-        return Path(os.environ.get("LAB_RUNS") or ROOT / "runs") / self.run_name
+        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`, a relative LAB_RUNS counted from the root."""
+        return ROOT / (os.environ.get("LAB_RUNS") or "runs") / self.run_name
 
 
 def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
@@ -167,7 +167,7 @@ def get_profile(name: str | None = None) -> Profile:
     if name not in PROFILES:
         raise ValueError(f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {', '.join(PROFILES)}.")
     profile = replace(PROFILES[name], reason=reason)
-    model, data = os.environ.get("LAB_MODEL"), os.environ.get("LAB_DATA")
+    model, data = _local(os.environ.get("LAB_MODEL")), _local(os.environ.get("LAB_DATA"))
     if model:
         profile = replace(profile, model=model)
         if "base" in profile.recipes:  # A pre-trained model needs the gentle recipes and a real context.
@@ -178,6 +178,12 @@ def get_profile(name: str | None = None) -> Profile:
             profile = replace(profile, vocabulary=max(profile.vocabulary, 4096), pairs=None)
     names = tuple(_slug(value) for value in (model, data) if value)
     return replace(profile, overrides=names)
+
+
+def _local(source: str | None) -> str | None:
+    """A local path made absolute, found from here or from the repository's root; a hub id as it is."""
+    found = [path for path in (Path(source), ROOT / source) if path.exists()] if source else []
+    return str(found[0].resolve()) if found else source
 
 
 def _slug(source: str) -> str:
