@@ -74,7 +74,7 @@ class Profile:
 
     @property
     def folder(self) -> Path:
-        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`, a relative LAB_RUNS counted from the root."""
+        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`, relative to the root of the course."""
         return ROOT / (os.environ.get("LAB_RUNS") or "runs") / self.run_name
 
 
@@ -173,9 +173,9 @@ def get_profile(name: str | None = None) -> Profile:
         if "base" in profile.recipes:  # A pre-trained model needs the gentle recipes and a real context.
             profile = replace(profile, recipes=PROFILES["gpt2"].recipes, max_length=max(profile.max_length, 256))
     if data:
-        profile = replace(profile, data=data, max_length=max(profile.max_length, 256), max_new_tokens=96)
+        profile = replace(profile, data=data, max_length=max(profile.max_length, 256))
         if profile.model == TINY:  # Free text needs more words than the world, and more room for them.
-            profile = replace(profile, vocabulary=max(profile.vocabulary, 4096), pairs=None)
+            profile = replace(profile, vocabulary=max(profile.vocabulary, 4096), pairs=None, max_new_tokens=96)
     names = tuple(_slug(value) for value in (model, data) if value)
     return replace(profile, overrides=names)
 
