@@ -60,7 +60,7 @@ class RewardJudge:
     """A reward model trained on the training pairs: the higher reward wins. It judges where no rule exists."""
 
     def __init__(self, model, tokenizer, held_out_pairs):
-        self.model, self.tokenizer = model.eval(), tokenizer
+        self.model, self.tokenizer, self.known = model.eval(), tokenizer, {}  # known: (prompt, answer) → reward
         self.held_out_accuracy = self._accuracy(list(held_out_pairs))
         self.name = f"a reward model (right on {self.held_out_accuracy:.0%} of {len(held_out_pairs)} held-out pairs)"
 
@@ -74,13 +74,14 @@ class RewardJudge:
         return share_positive(self._scores(pairs, "chosen") - self._scores(pairs, "rejected"))
 
     def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
-        end = [self.tokenizer.eos_token_id]
-        ids = [self.tokenizer(list(texts))["input_ids"] for texts in zip(*questions, strict=True)]
-        rows = [
-            {"prompt_ids": prompt, "chosen_ids": first + end, "rejected_ids": second + end}
-            for prompt, first, second in zip(*ids, strict=True)
-        ]
-        return torch.sign(self._scores(rows, "chosen") - self._scores(rows, "rejected")).int().tolist()
+        pairs = [((prompt, first), (prompt, second)) for prompt, first, second in questions]
+        new = list(dict.fromkeys(text for pair in pairs for text in pair if text not in self.known))
+        if new:  # each answer is scored once, however often it is compared
+            prompts, answers = (self.tokenizer(list(texts))["input_ids"] for texts in zip(*new, strict=True))
+            end = [self.tokenizer.eos_token_id]
+            rows = [{"prompt_ids": p, "chosen_ids": a + end} for p, a in zip(prompts, answers, strict=True)]
+            self.known.update(zip(new, self._scores(rows, "chosen").tolist(), strict=True))
+        return [int(np.sign(self.known[first] - self.known[second])) for first, second in pairs]
 
 
 def compare(judge: Judge, first: list[list[Answer]], second: list[list[Answer]]) -> list[list[int]]:

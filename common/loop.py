@@ -51,7 +51,8 @@ class Trainer:
         self.method = stage_of(stage).method
         self.stage, self.pad, self.eval_batch = stage, lab.tokenizer.pad_token_id, lab.profile.eval_batch
         self.sides = ("chosen",) if self.method in ("lm", "sft") else ("chosen", "rejected")
-        self.accelerator = Accelerator(mixed_precision="no" if lab.profile.four_bit else mixed)
+        # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
         self.every = max(1, self.steps // max(1, recipe.evaluations))
@@ -231,11 +232,10 @@ class Trainer:
         self.state["fingerprint"] = fingerprint
         metrics = self.resume_from(fingerprint) if resume else []
         if main:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            write_lines(self.folder / "metrics.jsonl", metrics)  # makes the folder, or says why it cannot
             (self.folder / "run.json").unlink(missing_ok=True)  # no longer the run that it described
             if not metrics:
                 checkpoints.remove(self.folder)
-            write_lines(self.folder / "metrics.jsonl", metrics)
         if not metrics:
             metrics = [{"step": 0, **self.evaluate()}]
             write_lines(self.folder / "metrics.jsonl", metrics) if main else None

@@ -245,6 +245,7 @@ def displacement(runs: dict[str, list[dict]], title: str = "") -> Figure:
             ax.plot(points[:, 0], points[:, 1] - points[0, 1], "o-", color=colour, label=side, markersize=4)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(title=name, xlabel="optimiser step")
+        ax.locator_params(axis="x", integer=True, nbins=6)
     axes.flat[0].set_ylabel("change of log-probability, nats")
     axes.flat[0].legend()
     figure.suptitle(title)
@@ -255,6 +256,7 @@ def sweep_with_rates(values: list[float], measures: dict[str, list], rates: list
     """The panels of `sweep`, and a last one with the win rate (a list of WinRate) and its 95 % interval."""
     name = "win rate against SFT"
     figure = sweep(values, {**measures, name: [rate.rate for rate in rates]}, xlabel, limits=limits)
+    figure.set_size_inches(3.0 * len(figure.axes), 3.0)
     ax = figure.axes[-1]
     ax.vlines(values, *zip(*(rate.ci95 for rate in rates), strict=True), color=OTHER, linewidth=3, alpha=0.4)
     ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
@@ -286,12 +288,14 @@ def sft_curves(metrics: list[dict], best_step: int, title: str = "") -> Figure:
 
     The right panel begins at the first evaluation after step 0: the jump before it would hide what follows.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
     _draw_panel(left, metrics, "loss")
     best = next(row["held_out_loss"] for row in metrics if row["step"] == best_step)
     left.plot(best_step, best, "*", color=REJECTED, markersize=13, label=f"best: step {best_step}", zorder=5)
     left.set(title="SFT loss, and perplexity = exp(loss)", ylabel="nats per token", yscale="log")
-    ticks = [tick for tick in (0.25, 0.5, 1, 2, 3, 4, 5, 6, 8) if min(left.get_ylim()) < tick < max(left.get_ylim())]
+    low, high = left.get_ylim()
+    ticks = [tick for tick in (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 5, 6, 8) if low < tick < high]
+    ticks = ticks if len(ticks) < 7 else [tick for tick in ticks if tick in (0.25, 0.5, 1, 2, 4, 8)]
     left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     left.minorticks_off()
     other = left.twinx()
@@ -325,39 +329,42 @@ def interval_sizes(sizes: list[int], intervals: list[tuple[float, float]], rate:
 
 
 def labelled_points(
-    groups: dict[str, dict[str, tuple[float, float]]], xlabel: str, ylabel: str, title: str = "",
-    diagonal: bool = False, names: bool = True,
-) -> Figure:  # fmt: skip
-    """A scatter of named points; one colour a group. Groups called "" are pale, without names and legend.
-
-    `diagonal` draws the line of equality and both lines at one half (for two win rates).
-    """
-    figure, ax = plt.subplots(figsize=(7, 4.2))
-    colours = iter((OTHER, REJECTED, CHOSEN, *PALETTE[3:]))
-    for group, points in groups.items():
-        xs, ys = np.array(list(points.values()), dtype=float).reshape(-1, 2).T
-        if not group:
-            ax.plot(xs, ys, "o", color=GREY, alpha=0.5, markersize=5, zorder=1)
-            continue
-        ax.plot(xs, ys, "o", color=next(colours), markersize=7, label=group)
-        for name, x, y in zip(points, xs, ys, strict=True) if names else ():
-            ax.annotate(name, (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8)
-    if diagonal:
-        ax.plot([0, 1], [0, 1], color="black", linewidth=1)
-        ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
-        ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
-        ax.set(xlim=(0, 1), ylim=(0, 1))
-    if len([group for group in groups if group]) > 1:
-        ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    points: dict[str, tuple[float, float]], others: list[tuple[float, float]], xlabel: str, ylabel: str, title: str = ""
+) -> Figure:
+    """A scatter of named points; `others` are drawn pale, without names. The dashed line is a draw."""
+    figure, ax = plt.subplots(figsize=(7, 4))
+    if others:
+        ax.plot(*zip(*others, strict=True), "o", color=GREY, alpha=0.5, markersize=5)
+    for colour, (name, point) in zip(PALETTE * 3, points.items(), strict=False):
+        ax.plot(*point, "o", color=colour, markersize=8)
+        ax.annotate(name, point, xytext=(8, 5), textcoords="offset points", fontsize=9)
+    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
     ax.margins(x=0.15, y=0.15)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    return figure
+
+
+def win_rates_by_judge(rates: dict[str, dict], title: str = "The same answers, other judges") -> Figure:
+    """One row per pair of models, one dot with its interval per judge. `rates`: {judge: {pair: WinRate}}."""
+    names = list(next(iter(rates.values())))
+    figure, ax = plt.subplots(figsize=(8, 1 + 0.6 * len(names)))
+    for index, (colour, (judge, row)) in enumerate(zip(PALETTE, rates.items(), strict=False)):
+        places = np.arange(len(names))[::-1] - 0.22 * (index - (len(rates) - 1) / 2)
+        low, high = np.array([row[name].ci95 for name in names]).T
+        ax.hlines(places, low, high, color=colour, linewidth=3, alpha=0.5)
+        ax.plot([row[name].rate for name in names], places, "o", color=colour, markersize=5, label=judge)
+    ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.set(title=title, xlabel="win rate of the first model (ties half)", xlim=(0, 1))
+    ax.set_yticks(range(len(names)), list(reversed(names)))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure
 
 
 def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figure:
     """One row of dots per group, spread a little so that they can be told apart; the bar is the median."""
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(groups)))
-    for place, (colour, values) in enumerate(zip(PALETTE * 3, reversed(groups.values()), strict=False)):
+    for index, (colour, values) in enumerate(zip(PALETTE * 3, groups.values(), strict=False)):
+        place = len(groups) - 1 - index
         height = place + 0.25 * np.sin(np.arange(len(values)) * 2.4)
         ax.plot(values, height, "o", color=colour, alpha=0.4, markersize=4)
         ax.plot([np.median(values)] * 2, [place - 0.38, place + 0.38], color="black", linewidth=1.5)

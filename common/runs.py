@@ -94,8 +94,10 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    except PermissionError as error:
-        raise PermissionError(f"No permission to write in {target.parent}. Set LAB_RUNS to your own folder.") from error
+    except OSError as error:
+        raise OSError(
+            error.errno, f"Cannot write in {target.parent} ({error.strerror}). Set LAB_RUNS to a folder of your own."
+        ) from error
     try:
         yield scratch / target.name
         for path in (scratch / target.name, *(scratch / target.name).rglob("*")):

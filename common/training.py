@@ -1,7 +1,7 @@
 """Trains a stage: its lineage, the reuse of finished runs, and the folder a finished run leaves."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -11,7 +11,7 @@ from datasets import Dataset
 from common import checkpoints, models
 from common.data import tokenize_pairs
 from common.loop import Trainer
-from common.profiles import device_and_precision
+from common.profiles import Recipe, device_and_precision
 from common.runs import Lab, digest, read_metrics, stage_of, versions, write_json, written_whole
 
 
@@ -68,6 +68,8 @@ def train(
     kind = stage_of(stage)
     if not lab.has_own_weights(stage):
         raise ValueError(f"The base of this profile is {lab.profile.model} itself: there is nothing to train.")
+    if unknown := changes.keys() - {field.name for field in fields(Recipe)}:
+        raise ValueError(f"Unknown hyper-parameter {', '.join(sorted(unknown))}: see common.profiles.Recipe.")
     recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
     parent = parent or kind.parent
     reference = reference or (parent if kind.method == "dpo" else None)
