@@ -201,6 +201,8 @@ def _tokenize(rows, tokenizer, max_length: int, sides: tuple[str, ...], source: 
             report.dropped["prompt as long as the context: the response is truncated to nothing"] += 1
         elif any(part[0] != prompt_ids for part in parts):
             report.dropped["a token spans the end of the prompt"] += 1
+        elif len(parts) == 2 and parts[0][1] == parts[1][1]:
+            report.dropped["sides equal after the cut"] += 1
         else:
             for side, part in zip(sides, parts, strict=True):
                 report.cut[f"{side} response, to fit {max_length} tokens"] += part[2]
