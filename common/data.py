@@ -177,7 +177,7 @@ def _start(tokenizer) -> list[int]:
     return [] if ids == [tokenizer.eos_token_id] and tokenizer.bos_token_id is None else ids[:1]
 
 
-def _tokenize_response(prompt: str, response: str, tokenizer, max_length: int) -> tuple[list[int], list[int], bool]:
+def tokenize_response(prompt: str, response: str, tokenizer, max_length: int) -> tuple[list[int], list[int], bool]:
     """(prompt ids, response ids with EOS, was it cut?). Tokenised once and split by character offsets.
 
     A response that does not fit is cut, and then gets no EOS: it did not end there.
@@ -195,7 +195,7 @@ def _tokenize(rows, tokenizer, max_length: int, sides: tuple[str, ...], source: 
     report, kept = CleaningReport(source), []
     for row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 20_000):
         report.rows += 1
-        parts = [_tokenize_response(row["prompt"], row[side], tokenizer, max_length) for side in sides]
+        parts = [tokenize_response(row["prompt"], row[side], tokenizer, max_length) for side in sides]
         prompt_ids = parts[0][0]
         if len(prompt_ids) >= max_length:
             report.dropped["prompt as long as the context: the response is truncated to nothing"] += 1

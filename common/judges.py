@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.data import collate
+from common.data import collate, tokenize_response
 from common.evaluation import Answer, WinRate, win_rate
 from common.losses import share_positive
 from common.toyworld import World
@@ -77,9 +77,9 @@ class RewardJudge:
         pairs = [((prompt, first), (prompt, second)) for prompt, first, second in questions]
         new = list(dict.fromkeys(text for pair in pairs for text in pair if text not in self.known))
         if new:  # each answer is scored once, however often it is compared
-            prompts, answers = (self.tokenizer(list(texts))["input_ids"] for texts in zip(*new, strict=True))
-            end = [self.tokenizer.eos_token_id]
-            rows = [{"prompt_ids": p, "chosen_ids": a + end} for p, a in zip(prompts, answers, strict=True)]
+            limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
+            parts = [tokenize_response(prompt, answer, self.tokenizer, limit) for prompt, answer in new]
+            rows = [{"prompt_ids": prompt, "chosen_ids": answer} for prompt, answer, _ in parts]
             self.known.update(zip(new, self._scores(rows, "chosen").tolist(), strict=True))
         return [int(np.sign(self.known[first] - self.known[second])) for first, second in pairs]
 

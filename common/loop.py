@@ -67,6 +67,8 @@ class Trainer:
         self.model = models.add_lora(parent_model, profile) if self.lora else parent_model
         if profile.gradient_checkpointing and not profile.four_bit:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.method in ("dpo", "orpo", "reward"):  # noise in the policy alone would move it off its reference
+            models.disable_dropout(self.model)
         self.model.config.pad_token_id = self.pad
         self.reference, self.held_out_reference, self.reference_answers = reference, None, None
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]

@@ -164,6 +164,13 @@ def merge_lora(model, source: str | Path, profile: Profile):
     return full.merge_and_unload()
 
 
+def disable_dropout(model) -> None:
+    """Sets every dropout rate to 0, as TRL does for preference training."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
 def freeze(model):
     """The model itself, in evaluation mode, its parameters without gradient: fit to be a reference."""
     return model.eval().requires_grad_(False)

@@ -142,7 +142,7 @@ def bars(
 ) -> Figure:  # fmt: skip
     """Grouped bars: one group per measure, one colour per model. `errors`: the same shape, half-widths."""
     measures = list(next(iter(values.values())))
-    figure, ax = plt.subplots(figsize=(max(6, 1.5 * len(measures)), 3.4))
+    figure, ax = plt.subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
     for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
@@ -288,23 +288,25 @@ def sft_curves(metrics: list[dict], best_step: int, title: str = "") -> Figure:
 
     The right panel begins at the first evaluation after step 0: the jump before it would hide what follows.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.4))
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    figure.get_layout_engine().set(wspace=0.08)
     _draw_panel(left, metrics, "loss")
     best = next(row["held_out_loss"] for row in metrics if row["step"] == best_step)
     left.plot(best_step, best, "*", color=REJECTED, markersize=13, label=f"best: step {best_step}", zorder=5)
-    left.set(title="SFT loss, and perplexity = exp(loss)", ylabel="nats per token", yscale="log")
-    low, high = left.get_ylim()
-    ticks = [tick for tick in (0.25, 0.35, 0.5, 0.7, 1, 1.4, 2, 3, 4, 5, 6, 8) if low < tick < high]
-    ticks = ticks if len(ticks) < 7 else [tick for tick in ticks if tick in (0.25, 0.5, 1, 2, 4, 8)]
-    left.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
-    left.minorticks_off()
-    other = left.twinx()
-    other.set(yscale="log", ylim=left.get_ylim(), ylabel="perplexity")
-    other.set_yticks(ticks, [f"{np.exp(tick):.3g}" for tick in ticks])
-    other.minorticks_off()
-    other.grid(False)
-    other.spines["right"].set_visible(True)
     left.legend()
+    losses = [row["loss"] for row in metrics if "loss" in row]
+    wide = max(losses) > 3 * min(losses)
+    left.set(title="Loss, and perplexity = exp(loss)", ylabel="nats per token", yscale="log" if wide else "linear")
+    low, high = left.get_ylim()
+    steps = (0.1, 0.25, 0.5, 1, 2, 4, 8) if wide else left.get_yticks()
+    ticks = [step for step in steps if low <= step <= high]
+    for ax, labels in ((left, ticks), (left.twinx(), np.exp(ticks))):
+        ax.set(yscale=left.get_yscale(), ylim=(low, high))
+        ax.set_yticks(ticks, [f"{label:.0f}" if label >= 10 else f"{label:.3g}" for label in labels])
+        ax.set_yticks([], minor=True)
+    ax.set(ylabel="perplexity")
+    ax.grid(False)
+    ax.spines["right"].set_visible(True)
     _draw_panel(right, [row for row in metrics if row["step"] > 0], "logps")
     figure.suptitle(title)
     return figure

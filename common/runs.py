@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
@@ -79,8 +79,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "datasets")}
 
 
+@cache
 def source_digest() -> str:
-    """Fingerprint of the modules of `common` that decide a trained weight."""
+    """Fingerprint of the modules of `common` that decide a trained weight, as they were when first asked for."""
     folder = Path(__file__).parent
     return digest([(folder / f"{name}.py").read_text(encoding="utf-8") for name in SOURCES])
 

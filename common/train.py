@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import sys
+from typing import get_origin
 
 from common.profiles import PROFILES, Recipe
 from common.runs import STAGES, open_lab
@@ -12,7 +13,7 @@ from common.training import train
 
 def main(arguments: list[str] | None = None) -> int:
     """Parses the command line, trains, and prints the final metrics. Returns the exit status."""
-    fields = {field.name for field in dataclasses.fields(Recipe)}
+    fields = {field.name: get_origin(field.type) or field.type for field in dataclasses.fields(Recipe)}
     parser = argparse.ArgumentParser(prog="python -m common.train", description=__doc__)
     parser.add_argument("stage", help=f"one of: {', '.join(STAGES)}, or one of them with _lora")
     parser.add_argument("--profile", choices=PROFILES, help="default: LAB_PROFILE, else by hardware")
@@ -25,13 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     changes = {}
     for setting in options.set:
-        name, _, value = setting.partition("=")
+        name, _, text = setting.partition("=")
         if name not in fields:
             parser.error(f"--set {setting}: unknown field {name!r}; choose from {', '.join(sorted(fields))}")
         try:
-            changes[name] = ast.literal_eval(value)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            changes[name] = value
+            value = text
+        value = float(value) if fields[name] is float and type(value) is int else value
+        if type(value) is not fields[name]:
+            parser.error(f"--set {setting}: {name} must be of type {fields[name].__name__}")
+        changes[name] = value
     try:
         lab = open_lab(options.profile, options.seed)
         run = train(

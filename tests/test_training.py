@@ -19,10 +19,9 @@ from safetensors.torch import load_file
 from tiny import assert_same
 
 from common import checkpoints, models, runs, train
-from common.judges import RewardJudge
-from common.logprobs import response_logps
-from common.data import collate, tokenize_pairs
+from common.data import tokenize_pairs
 from common.evaluation import logps_of
+from common.judges import RewardJudge
 from common.loop import Trainer, TrainingError, signs_of_over_optimisation
 from common.profiles import PROFILES
 from common.runs import Lab, MissingRun, read_metrics

@@ -1,0 +1,231 @@
+"""The run folder: where things are, helpful errors, and files that are written whole or not at all."""
+
+import errno
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+
+from common import runs
+from common.profiles import PROFILES, Recipe
+from common.runs import (
+    STAGES,
+    Lab,
+    MissingRun,
+    open_lab,
+    read_metrics,
+    stage_of,
+    write_json,
+    write_lines,
+    written_whole,
+)
+
+PROFILE = tiny.micro_profile()
+
+
+# --- written whole
+
+
+def test_json_is_written_and_read_again(tmp_path):
+    write_json(tmp_path / "new" / "report.json", {"rate": 0.5, "name": "Köln"})
+    assert json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8")) == {"rate": 0.5, "name": "Köln"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_nan_is_refused_and_the_old_file_stays(tmp_path, value):
+    write_json(tmp_path / "report.json", {"rate": 0.5})
+    with pytest.raises(ValueError, match="not JSON compliant|Out of range"):
+        write_json(tmp_path / "report.json", {"rate": value})
+    assert json.loads((tmp_path / "report.json").read_text()) == {"rate": 0.5}
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("crash"), KeyboardInterrupt()])
+def test_a_crash_while_writing_leaves_the_old_file_and_no_scratch(tmp_path, failure):
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    with pytest.raises(type(failure)), written_whole(target) as scratch:
+        scratch.write_text("half")
+        raise failure
+    assert target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_until_it_is_whole_the_target_is_the_old_one(tmp_path):
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    with written_whole(target) as scratch:
+        scratch.write_text("new")
+        assert target.read_text() == "old"
+    assert target.read_text() == "new"
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    """No file of the old one is left among the new ones."""
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "old.bin").write_text("old")
+    with written_whole(target) as scratch:
+        scratch.mkdir()
+        (scratch / "new.bin").write_text("new")
+    assert [path.name for path in target.iterdir()] == ["new.bin"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_full_disk_is_explained_and_the_old_file_stays(tmp_path):
+    target = tmp_path / "report.json"
+    target.write_text("old")
+    with pytest.raises(OSError, match=r"The disk is full: .*report\.json was not written.*intact") as failure:
+        with written_whole(target) as scratch:
+            scratch.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+    assert failure.value.errno == errno.ENOSPC and target.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def test_lines_are_written_whole_too(tmp_path):
+    write_lines(tmp_path / "metrics.jsonl", [{"step": 0}, {"step": 1, "loss": 0.5}])
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1, "loss": 0.5}]
+    write_lines(tmp_path / "metrics.jsonl", [])
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_line_that_a_kill_cut_off_is_left_out(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(tmp_path) == [{"step": 0}, {"step": 1}]
+    assert read_metrics(tmp_path / "none") == []
+
+
+# --- folders
+
+
+def test_runs_are_in_lab_runs_by_profile_seed_and_sweep(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    assert Lab(PROFILE).path("sft") == tmp_path / "smoke" / "sft"
+    assert Lab(PROFILE).path("dpo", "beta-0.5") == tmp_path / "smoke" / "sweeps" / "beta-0.5"
+    assert Lab(PROFILE, 3).path("dpo_lora") == tmp_path / "smoke" / "seed-3" / "dpo_lora"
+
+
+def test_other_data_or_models_get_a_folder_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    assert Lab(replace(PROFILE, overrides=("harmless",))).folder == tmp_path / "smoke@harmless"
+    assert Lab(replace(PROFILE, overrides=("my-gpt2", "mine")), 2).folder == tmp_path / "smoke@my-gpt2+mine" / "seed-2"
+
+
+def test_without_lab_runs_they_are_in_the_repository(monkeypatch):
+    monkeypatch.delenv("LAB_RUNS")
+    assert PROFILE.folder == Path(runs.__file__).parents[1] / "runs" / "smoke"
+
+
+def test_a_report_is_saved_in_the_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    path = Lab(PROFILE, 1).save_report("evaluation", {"seeds": 1})
+    assert path == tmp_path / "smoke" / "seed-1" / "evaluation.json" and json.loads(path.read_text()) == {"seeds": 1}
+
+
+# --- stages
+
+
+def test_every_stage_of_the_design_is_known():
+    assert set(STAGES) >= {"base", "sft", "sft_chosen", "dpo_plain", "dpo", "orpo", "orpo_lambda0", "reward"}
+    for stage in STAGES.values():
+        assert stage.parent is None or stage.parent in STAGES
+        assert stage.notebook.endswith(".ipynb")
+
+
+def test_a_lora_variant_is_the_stage_itself():
+    assert stage_of("dpo_lora") is STAGES["dpo"]
+
+
+@pytest.mark.parametrize("name", ["ppo", "lora", "dpo_loraa", ""])
+def test_an_unknown_stage_is_refused_with_those_that_exist(name):
+    with pytest.raises(ValueError, match=f"Unknown stage '{name}'. Choose one of: base, sft,"):
+        Lab(PROFILE).path(name)
+
+
+@pytest.mark.parametrize(("stage", "notebook"), [
+    ("sft", "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb"),
+    ("dpo", "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb"),
+    ("reward", "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb"),
+    ("orpo_lora", "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb"),
+])  # fmt: skip
+@pytest.mark.parametrize("ask", ["record", "metrics", "load", "source"])
+def test_a_missing_run_names_the_notebook_and_the_command(tmp_path, monkeypatch, stage, notebook, ask):
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    with pytest.raises(MissingRun) as failure:
+        getattr(Lab(PROFILE, 2), ask)(stage)
+    said = str(failure.value)
+    assert notebook in said and f"python -m common.train {stage} --profile smoke --seed 2" in said
+    assert str(tmp_path / "smoke" / "seed-2" / stage) in said
+
+
+def test_the_command_of_seed_0_names_no_seed(tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    with pytest.raises(MissingRun, match="common.train sft --profile smoke$"):
+        Lab(PROFILE).record("sft")
+
+
+def test_a_half_finished_run_is_missing(tmp_path, monkeypatch):
+    """Weights without run.json: it is written last."""
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    folder = Lab(PROFILE).path("sft")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(b"")
+    (folder / "metrics.jsonl").write_text('{"step": 0}\n')
+    for ask in ("record", "metrics", "load"):
+        with pytest.raises(MissingRun):
+            getattr(Lab(PROFILE), ask)("sft")
+
+
+def test_the_base_of_a_pre_trained_profile_is_the_hub_model_itself():
+    assert Lab(PROFILES["gpt2"]).source("base") == "openai-community/gpt2"
+
+
+# --- the lab
+
+
+def test_open_lab_prints_what_is_used_and_why(capsys, monkeypatch):
+    monkeypatch.setenv("LAB_SEED", "4")
+    lab = open_lab()
+    said = capsys.readouterr().out
+    assert lab.seed == 4 and lab.profile.name == "smoke"
+    lines = "profile   smoke (LAB_PROFILE is set)", "device    ", "model     tiny-gpt2", "data      toyworld", "seed      4"
+    assert all(line in said for line in lines)
+
+
+def test_an_argument_wins_over_the_environment(monkeypatch, capsys):
+    monkeypatch.setenv("LAB_SEED", "4")
+    lab = open_lab("cpu", 0)
+    assert (lab.profile.name, lab.seed) == ("cpu", 0) and "cpu (asked for)" in capsys.readouterr().out
+
+
+def test_a_seed_has_its_own_world_and_tokenizer():
+    one, other = Lab(PROFILE), Lab(PROFILE, 1)
+    assert one.data.train["prompt"] != other.data.train["prompt"]
+    assert one.tokenizer.get_vocab() != other.tokenizer.get_vocab()
+
+
+def test_a_fingerprint_names_its_parts_and_ignores_what_decides_no_weight():
+    """How many samples are drawn, or why the profile was chosen, changes no weight; the learning rate does."""
+    lab, rows = Lab(PROFILE), [{"prompt_ids": [1]}]
+    parts = lab.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "parent", "reference")
+    same = Lab(replace(PROFILE, samples=9, reason="other", sweep_epochs=7.0, eval_batch=1))
+    assert same.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "parent", "reference") == parts
+    others = {
+        "settings": lab.fingerprint_parts("dpo", Recipe(lr=2e-3), rows, "parent", "reference"),
+        "data": lab.fingerprint_parts("dpo", Recipe(lr=1e-3), [{"prompt_ids": [2]}], "parent", "reference"),
+        "parent": lab.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "another", "reference"),
+        "reference": lab.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "parent", "another"),
+        "stage": lab.fingerprint_parts("dpo_lora", Recipe(lr=1e-3), rows, "parent", "reference"),
+    }
+    for name, other in others.items():
+        assert [key for key in parts if parts[key] != other[key]] == [name]
+
+
+def test_every_module_that_decides_a_weight_is_in_the_fingerprint():
+    """The loop reaches these; a change in one of them must retrain."""
+    assert {"data", "models", "logprobs", "losses", "loop", "training", "toyworld"} <= set(runs.SOURCES)
+    assert all((Path(runs.__file__).parent / f"{name}.py").exists() for name in runs.SOURCES)
