@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset, load_dataset
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.profiles import WORLD, Profile
 from common.toyworld import World

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common.data import collate
 from common.logprobs import PairLogps, SideLogps, response_logps

@@ -57,7 +57,7 @@ def response_logps(model, batch: dict[str, Tensor], path: str = "simple", score_
         `score_prompt`: also score the chosen row's prompt, from its second token on (ORPO's NLL in TRL).
     Returns: PairLogps, sums in float64 (float32 on Apple GPUs, which have no float64).
     Raises: ValueError for an unknown path.
-    Source: Rafailov et al. 2023, Eq. 7 (sums); Hong et al. 2024, Eq. 1 (means).
+    Source: Rafailov et al. 2023, Eq. 7 (sums); Hong et al. 2024, Eq. 3 (means).
     """
     if path != "simple":
         raise ValueError(f'Unknown path {path!r}: use "simple".')

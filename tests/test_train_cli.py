@@ -33,7 +33,7 @@ def test_a_stage_is_trained_with_the_defaults_of_its_profile(calls, capsys):
 
 
 def test_options_reach_the_run(calls):
-    train.main(["orpo_lora", "--profile", "cpu", "--seed", "3", "--resume", "--sweep", "mine", "--checkpoint-every", "7"])
+    train.main("orpo_lora --profile cpu --seed 3 --resume --sweep mine --checkpoint-every 7".split())
     [(lab, stage, settings)] = calls
     assert (lab.profile.name, lab.seed, stage) == ("cpu", 3, "orpo_lora")
     assert settings == {"sweep": "mine", "resume": True, "checkpoint_every": 7}
@@ -42,7 +42,8 @@ def test_options_reach_the_run(calls):
 @pytest.mark.parametrize(("text", "name", "value"), [
     ("lr=1e-3", "lr", 1e-3), ("epochs=2", "epochs", 2.0), ("batch_size=4", "batch_size", 4),
     ("loss=ipo", "loss", "ipo"),
-    ("betas=(0.9, 0.95)", "betas", (0.9, 0.95)), ("keep_best=True", "keep_best", True), ("beta=-0.5", "beta", -0.5),
+    ("betas=(0.9, 0.95)", "betas", (0.9, 0.95)), ("keep_best=True", "keep_best", True),
+    ("beta=-0.5", "beta", -0.5),
 ])  # fmt: skip
 def test_set_reads_a_value_of_the_field_s_type(calls, text, name, value):
     assert train.main(["dpo", "--set", text]) == 0

@@ -470,6 +470,28 @@ def test_a_resumed_run_is_bit_identical(lab, uninterrupted, stage, before_step, 
         k: v for k, v in whole.record.items() if k not in measured}  # fmt: skip
 
 
+def test_a_resumed_run_is_bit_identical_with_dropout_too(lab, monkeypatch):
+    """SFT of a model with dropout draws random numbers at every step: their state is in the checkpoint."""
+    load = models.load_model
+
+    def with_dropout(*args, **options):
+        model = load(*args, **options)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.2
+        return model
+
+    monkeypatch.setattr(models, "load_model", with_dropout)
+    whole = train_stage(lab, "sft", sweep="whole-dropout")
+    with monkeypatch.context() as patch:
+        interrupt(patch, before_step=5)
+        with pytest.raises(KeyboardInterrupt):
+            train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
+    torch.manual_seed(99)
+    resumed = train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
+    assert weights_file(resumed.folder) == weights_file(whole.folder) != weights_file(lab.path("sft"))
+
+
 CHILD = """
 import os, signal, sys
 sys.path.insert(0, sys.argv.pop(1))

@@ -1,0 +1,362 @@
+"""Measures of a trained model: generation, KL, perplexity, preference metrics, win rates, ratings."""
+
+import itertools
+import math
+import random
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import EOS, Bigram, assert_same, gpt2, ragged_rows
+
+from common.data import collate
+from common.evaluation import (
+    Answer,
+    generate,
+    kl_on_samples,
+    logps_of,
+    measure,
+    perplexity,
+    preference_metrics,
+    ratings,
+    text_measures,
+    win_rate,
+)
+from common.logprobs import PairLogps, SideLogps, response_logps
+from common.models import new_tiny_model
+from common.runs import Lab
+from common.toyworld import World
+
+
+class Letters:
+    """A tokenizer of letters: "a" is token 2, "b" is 3 and so on; EOS is 1."""
+
+    eos_token_id = EOS
+
+    def __call__(self, texts):
+        return {"input_ids": [[ord(letter) - 95 for letter in text] for text in texts]}
+
+    def decode(self, ids, skip_special_tokens):
+        assert skip_special_tokens
+        return "".join(chr(token + 95) for token in ids if token > EOS)
+
+
+PROMPTS = ["a", "bcdefghijk", "ccc", "kl", "abab", "jjjjjjj", "e", "hg"]  # one to ten tokens
+LENGTH = 12
+
+
+def greedy_by_hand(model, ids: list[int]) -> tuple[int, ...]:
+    """One token at a time, one row, no padding, no cache."""
+    answer = []
+    while len(answer) < LENGTH and EOS not in answer:
+        answer.append(model(torch.tensor([ids + answer])).logits[0, -1].argmax().item())
+    return tuple(answer)
+
+
+# --- generation
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_batched_greedy_generation_equals_one_by_one(batch_size):
+    """Prompts of one to ten tokens in one batch, padded on the left; some answers end early, some not at all."""
+    model = gpt2(seed=5)
+    answers = generate(model, Letters(), PROMPTS, LENGTH, temperature=0, batch_size=batch_size)
+    expected = [greedy_by_hand(model, ids) for ids in Letters()(PROMPTS)["input_ids"]]
+    assert [group[0].chosen_ids for group in answers] == expected
+    assert len(set(map(len, expected))) > 1
+
+
+def test_an_answer_says_its_prompt_its_text_and_whether_it_ended():
+    model = gpt2(seed=5)
+    answers = [group[0] for group in generate(model, Letters(), PROMPTS, LENGTH, temperature=0)]
+    assert [answer.prompt for answer in answers] == PROMPTS
+    assert {answer.ended for answer in answers} == {True, False}
+    for answer in answers:
+        assert answer.prompt_ids == tuple(Letters()([answer.prompt])["input_ids"][0])
+        assert answer.ended == (answer.chosen_ids[-1] == EOS) and EOS not in answer.chosen_ids[:-1]
+        assert answer.ended or len(answer.chosen_ids) == LENGTH
+        assert answer.text == Letters().decode(answer.chosen_ids, skip_special_tokens=True)
+
+
+def test_samples_come_from_the_seed_and_the_global_random_state_is_left_alone():
+    model = gpt2()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    one, same, other = (generate(model, Letters(), PROMPTS, LENGTH, samples=2, seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one == same != other
+    assert [len(group) for group in one] == [2] * len(PROMPTS)
+    assert any(group[0].chosen_ids != group[1].chosen_ids for group in one)
+
+
+def test_sampling_draws_from_the_whole_vocabulary():
+    """A model that predicts 300 tokens alike: the library's default would keep the top 50 of them."""
+    model = gpt2(vocabulary=300)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    answers = generate(model, Letters(), ["a"], 1, samples=400)
+    assert len({answer.chosen_ids for answer in answers[0]}) > 150
+
+
+def test_temperature_sharpens():
+    """At a hundredth of the logits' scale, sampling is greedy."""
+    model = gpt2(seed=5)
+    cold = generate(model, Letters(), PROMPTS, LENGTH, temperature=1e-4)
+    assert [group[0].chosen_ids for group in cold] == [
+        group[0].chosen_ids for group in generate(model, Letters(), PROMPTS, LENGTH, temperature=0)]  # fmt: skip
+
+
+def test_a_prompt_without_room_for_an_answer_is_refused():
+    model = gpt2(positions=20)
+    assert len(generate(model, Letters(), ["a" * 10], 10)) == 1
+    with pytest.raises(ValueError, match="leaves room for 9 of 10 new tokens"):
+        generate(model, Letters(), ["a" * 11], 10)
+
+
+def test_generation_leaves_a_training_model_in_training():
+    model = gpt2().train()
+    generate(model, Letters(), ["a"], 2)
+    assert model.training
+
+
+# --- log-probabilities, perplexity, preference metrics
+
+
+def test_log_probabilities_of_many_rows_keep_their_order():
+    """Batches of 3 rows equal one batch; the model's mode is left as it was, and nothing has a gradient."""
+    model, rows = gpt2().train(), ragged_rows(8)
+    logps = logps_of(model, rows, batch_size=3)
+    assert model.training and not logps.chosen.sums.requires_grad
+    expected = response_logps(gpt2(), collate(rows))
+    assert_same(logps.chosen.sums, expected.chosen.sums.detach())
+    assert_same(logps.rejected.sums, expected.rejected.sums.detach())
+    assert logps.rejected.lengths.tolist() == expected.rejected.lengths.tolist()
+
+
+def test_log_probabilities_of_demonstrations_have_one_side():
+    rows = [{name: row[name] for name in ("prompt_ids", "chosen_ids")} for row in ragged_rows(4)]
+    assert logps_of(gpt2(), rows).rejected is None
+
+
+def side(sums, lengths) -> SideLogps:
+    return SideLogps(torch.tensor(sums, dtype=torch.float64), torch.tensor(lengths))
+
+
+def test_perplexity_of_a_uniform_model_is_its_vocabulary():
+    table = torch.zeros(23, 23, dtype=torch.float64)
+    assert_same(perplexity(logps_of(Bigram(table), ragged_rows(8)).chosen), 23)
+
+
+def test_perplexity_is_over_tokens_not_rows():
+    """8 ln 2 + 2 ln 8 = 14 ln 2 nats over 10 tokens: 2 to the 1.4; infinite where exp would overflow."""
+    assert_same(perplexity(side([-8 * math.log(2), -2 * math.log(8)], [8, 2])), 2**1.4)
+    assert perplexity(side([-1e6], [2])) == math.inf
+
+
+def test_preference_metrics_by_hand():
+    """beta 0.5. Chosen: 0.5 * (2, -1, 0) mean 1/6; rejected: 0.5 * (1, -1, 3) mean 1/2; margins 0.5, 0, -1.5, mean
+    -1/3; right 1, a tie and wrong: 1.5 of 3. Means per token: -4/2 > -9/3, -6/1 < -4/2, -3/3 = -4/4: 1.5 of 3."""
+    policy = PairLogps(side([-4, -6, -3], [2, 1, 3]), side([-9, -4, -4], [3, 2, 4]))
+    reference = PairLogps(side([-6, -5, -3], [2, 1, 3]), side([-10, -3, -7], [3, 2, 4]))
+    found = preference_metrics(policy, reference, beta=0.5)
+    expected = {"rewards_chosen": 1 / 6, "rewards_rejected": 0.5, "reward_margin": -1 / 3,
+                "preference_accuracy": 0.5, "likelihood_accuracy": 0.5}  # fmt: skip
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert_same(found[name], value)
+
+
+def test_a_model_against_itself_has_no_margin():
+    logps = logps_of(gpt2(), ragged_rows(8))
+    found = preference_metrics(logps, logps)
+    assert found["reward_margin"] == 0.0 and found["preference_accuracy"] == 0.5
+
+
+# --- KL
+
+
+def answer(prompt_ids, chosen_ids) -> Answer:
+    return Answer("", "", tuple(prompt_ids), tuple(chosen_ids), chosen_ids[-1] == EOS)
+
+
+def test_kl_of_a_model_to_itself_is_0():
+    model = gpt2()
+    assert kl_on_samples(model, model, generate(model, Letters(), PROMPTS, LENGTH)) == 0.0
+
+
+def test_kl_on_samples_that_stand_for_the_whole_distribution_is_exact():
+    """Four tokens, answers of up to two. Policy after 2: (0, 1/2, 1/4, 1/4), after 3: (0, 1/4, 1/2, 1/4). Each answer
+    occurs as often among 16 as its probability says, so the mean over them is the sum of p log(p / q)."""
+    policy = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [0, 2, 1, 1], [0, 1, 2, 1]], dtype=torch.float64) / 4
+    reference = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 3, 2, 2], [2, 1, 4, 1]], dtype=torch.float64)
+    reference /= reference.sum(1, keepdim=True)
+    answers, exact = [], 0.0
+    for first, second in itertools.product(range(1, 4), repeat=2):
+        chosen = (first,) if first == EOS else (first, second)
+        steps = list(zip((2, *chosen), chosen, strict=False))
+        p = math.prod(policy[a, b].item() for a, b in steps)
+        q = math.prod(reference[a, b].item() for a, b in steps)
+        if first != EOS or second == EOS:  # EOS ends the answer: count it once
+            exact += p * math.log(p / q)
+            answers += [answer([2], chosen)] * round(16 * p)
+    assert len(answers) == 16 and exact > 0.01
+    found = kl_on_samples(Bigram(policy.log()), Bigram(reference.log()), [answers])
+    assert_same(found, exact)
+
+
+def test_kl_on_generated_samples_is_near_the_exact_one():
+    """All answers of up to two tokens of an eight-token model, enumerated; 4,000 samples with a fixed seed are within
+    five standard errors of that sum."""
+    policy, reference = gpt2(seed=1, vocabulary=8), gpt2(seed=2, vocabulary=8)
+    endings = [(EOS,)] + [(first, second) for first in range(8) if first != EOS for second in range(8)]
+    rows = [{"prompt_ids": [2], "chosen_ids": list(ending)} for ending in endings]
+    p, q = (logps_of(model, rows).chosen.sums for model in (policy, reference))
+    assert_same(p.exp().sum(), 1)
+    exact = (p.exp() * (p - q)).sum().item()
+    error = math.sqrt((p.exp() * (p - q - exact) ** 2).sum().item() / 4000)
+    found = kl_on_samples(policy, reference, generate(policy, Letters(), ["a"], 2, samples=4000))
+    assert abs(found - exact) < 5 * error < 0.5 * exact
+
+
+# --- what answers look like
+
+
+def test_without_a_world_only_length_and_ending_are_measured():
+    """Lengths 3, 1 and 2, EOS counted: mean 2; two of three ended."""
+    groups = [[answer([5], [6, 7, EOS]), answer([5], [EOS])], [answer([5], [6, 7])]]
+    assert text_measures(groups, None) == {"length_tokens": 2.0, "ended_with_eos": 2 / 3}
+
+
+def test_text_measures_by_hand():
+    """Five answers: to harmful prompts one refusal and one help; to the others a perfect one, a rude one, a refusal.
+    Safe on harmful 1/2, over-refusal 1/3; harmlessness over all five, helpfulness over the three."""
+    world, rng = World(4), random.Random(0)
+    questions = world.questions(60)
+    harmful = [question for question in questions if question.kind == "harmful"]
+    benign = [question for question in questions if question.kind == "benign"]
+    wanted = [(harmful[0], ()), (harmful[1], ("complies",)), (benign[0], ()), (benign[1], ("rude",)),
+              (benign[2], ("needless_refusal",))]  # fmt: skip
+    texts = [(question.prompt, world.render(question, flaws, rng)) for question, flaws in wanted]
+    found = text_measures([[Answer(prompt, text, (5,), (6, EOS), True)] for prompt, text in texts], world)
+    verdicts = [world.judge(prompt, text) for prompt, text in texts]
+    assert found["safe_on_harmful"] == 0.5
+    assert_same(found["over_refusal"], 1 / 3)
+    assert found["flaws"] == {"complies": 0.2, "needless_refusal": 0.2, "rude": 0.2}
+    assert_same(found["harmlessness"], sum(verdict.harmlessness for verdict in verdicts) / 5)
+    assert_same(found["helpfulness"], sum(verdict.helpfulness for verdict in verdicts[2:]) / 3)
+    assert_same(found["relevance"], sum(verdict.relevance for verdict in verdicts) / 5)
+    assert_same(found["score"], sum(verdict.score for verdict in verdicts) / 5)
+
+
+def test_a_share_of_nothing_is_none():
+    """No harmful prompt was asked: nothing is known about safety on them, and 0 or 1 would be a lie."""
+    world = World(4)
+    question = next(question for question in world.questions(40) if question.kind == "benign")
+    text = world.flawless(question)
+    assert text_measures([[Answer(question.prompt, text, (5,), (6,), True)]], world)["safe_on_harmful"] is None
+
+
+def test_measure_has_every_key_of_the_report_and_sft_against_itself_has_none_of_the_differences():
+    lab = Lab(tiny.micro_profile(samples=2))
+    model = new_tiny_model(lab.profile, lab.tokenizer)
+    found, answers = measure(lab, model, model)
+    assert {
+        "perplexity", "helpfulness", "harmlessness", "relevance", "safe_on_harmful", "over_refusal", "ended_with_eos",
+        "length_tokens", "reward_margin", "preference_accuracy", "kl",
+    } <= found.keys()  # fmt: skip
+    assert (found["kl"], found["reward_margin"], found["preference_accuracy"]) == (0.0, 0.0, 0.5)
+    assert [len(group) for group in answers] == [2] * len(lab.prompts)
+
+
+# --- win rates
+
+
+def test_win_rate_counts_a_tie_as_half_a_win():
+    """5 wins, 2 ties, 3 losses: (5 + 1) / 10."""
+    found = win_rate([1] * 5 + [0] * 2 + [-1] * 3)
+    assert (found.wins, found.ties, found.losses, found.rate) == (5, 2, 3, 0.6)
+    assert found.ci95[0] < 0.6 < found.ci95[1]
+    assert str(found).startswith("0.600 [0.") and str(found).endswith("(5 wins, 2 ties, 3 losses)")
+
+
+def test_seven_of_ten_is_a_wide_interval():
+    """The share of wins among ten draws with p = 0.7 has a standard deviation of 0.145: about 0.4 to 1.0."""
+    low, high = win_rate([1] * 7 + [-1] * 3).ci95
+    assert 0.3 <= low <= 0.45 and 0.9 <= high <= 1.0
+
+
+def test_the_interval_shrinks_with_the_root_of_the_prompts():
+    """100 times as many prompts: a tenth of the width."""
+    few, many = win_rate([1, 1, -1, 0] * 10).ci95, win_rate([1, 1, -1, 0] * 1000).ci95
+    assert 7 < (few[1] - few[0]) / (many[1] - many[0]) < 14
+
+
+def test_all_wins_have_no_width():
+    assert win_rate([[1, 1]] * 9).ci95 == (1.0, 1.0)
+
+
+def test_prompts_are_resampled_not_samples():
+    """Forty equal samples a prompt say no more than one: the interval is the same. Counted as 400 independent ones,
+    it would be six times too narrow."""
+    verdicts = [1, 1, -1, 0, 1, -1, 1, 0, 1, 1]
+    one, forty = win_rate(verdicts), win_rate([[verdict] * 40 for verdict in verdicts])
+    assert_same(one.ci95, forty.ci95)
+    flat = win_rate([verdict for verdict in verdicts for _ in range(40)]).ci95
+    assert (one.ci95[1] - one.ci95[0]) > 4 * (flat[1] - flat[0])
+    assert (forty.wins, forty.ties, forty.losses) == (240, 80, 80)
+
+
+def test_swapping_the_models_mirrors_the_rate():
+    verdicts = np.array([[1, 0], [1, -1], [-1, -1], [1, 1], [0, 0]])
+    one, other = win_rate(verdicts), win_rate(-verdicts)
+    assert_same(one.rate + other.rate, 1)
+    assert_same(one.ci95, [1 - other.ci95[1], 1 - other.ci95[0]])
+
+
+@pytest.mark.parametrize("verdicts", [[], [[]], [1, 2], [0.5], [math.nan], [[1, 0], [1, -2]]])
+def test_anything_but_verdicts_is_refused(verdicts):
+    with pytest.raises(ValueError, match="1, 0 or -1"):
+        win_rate(verdicts)
+
+
+# --- ratings
+
+
+def test_bradley_terry_strengths_of_two_are_their_odds():
+    """7 wins against 3: the strengths are as 7 to 3."""
+    found, note = ratings([("a", "b", 1)] * 7 + [("a", "b", -1)] * 3)
+    assert abs(found["a"]["bradley_terry"] / found["b"]["bradley_terry"] - 7 / 3) < 1e-4
+    assert found["a"]["elo"] > found["b"]["elo"] and note == "no smoothing"
+
+
+def test_who_is_named_first_does_not_matter_to_bradley_terry():
+    one = ratings([("a", "b", 1)] * 7 + [("a", "b", -1)] * 3)[0]
+    other = ratings([("b", "a", -1)] * 7 + [("b", "a", 1)] * 3)[0]
+    for name in "ab":
+        assert abs(one[name]["bradley_terry"] - other[name]["bradley_terry"]) < 1e-6
+
+
+def test_ties_alone_leave_all_equal():
+    found, _ = ratings([("a", "b", 0), ("b", "c", 0), ("c", "a", 0)])
+    assert len({round(scores["bradley_terry"], 6) for scores in found.values()}) == 1
+    assert len({round(scores["elo"], 6) for scores in found.values()}) == 1
+
+
+def test_a_player_who_never_lost_is_rated_with_one_tie_added():
+    """10 wins and an added tie (half a win each): 10.5 to 0.5. Without it the strength would be infinite."""
+    found, note = ratings([("a", "b", 1)] * 10)
+    assert "one tie was added" in note
+    assert abs(found["a"]["bradley_terry"] / found["b"]["bradley_terry"] - 21) < 1e-2
+
+
+def test_a_cycle_of_wins_needs_no_smoothing():
+    assert ratings([("a", "b", 1), ("b", "c", 1), ("c", "a", 1)])[1] == "no smoothing"
+
+
+@pytest.mark.parametrize("matches", [[], [("a", "b", 1), ("b", "a", 1), ("c", "d", 0)]])
+def test_players_who_never_met_are_not_compared(matches):
+    with pytest.raises(ValueError, match="never met"):
+        ratings(matches)
+
+
