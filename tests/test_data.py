@@ -165,7 +165,7 @@ def test_a_row_that_is_no_object_is_named():
     (hh("a", " b", " b"), "identical sides"),
     (hh("a", " b", "b \n"), "identical sides"),
     ({"chosen": "Hello", "rejected": GOOD["rejected"]}, "no assistant turn"),
-    ({"chosen": f"{HUMAN} a", "rejected": f"{HUMAN} b"}, "no assistant turn"),
+    ({"chosen": GOOD["chosen"], "rejected": f"{HUMAN} Hi"}, "no assistant turn"),
     ({"chosen": hh("a", " b", "")["chosen"], "rejected": hh("A", " c", "")["chosen"]}, "prompts that differ"),
 ])  # fmt: skip
 def test_an_unusable_row_is_dropped_and_counted(row, reason):
