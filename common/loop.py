@@ -55,7 +55,6 @@ class Trainer:
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
-        self.every = max(1, self.steps // max(1, recipe.evaluations))
         counters = ("step", "tokens", "padded", "flops_per_token", "wall", "cpu", "aside", "peak", "since_best")
         self.state = {**dict.fromkeys(counters, 0), "best": math.inf, "warnings": [], "stopped_early": False}
 
@@ -215,6 +214,11 @@ class Trainer:
             return {"kl": kl}
         return {"kl": kl, "win_rate": head_to_head(RuleJudge(lab.data.world), answers, self.reference_answers).rate}
 
+    def evaluates_at(self, step: int) -> bool:
+        """Is this one of the recipe's evaluations? They are spread evenly, and the last is at the last step."""
+        times = min(max(1, self.recipe.evaluations), self.steps)
+        return step * times // self.steps > (step - 1) * times // self.steps
+
     def resume_from(self, fingerprint: str) -> list[dict]:
         """Goes back to the newest checkpoint of this very run, if there is one. Returns the metrics up to it."""
         newest = checkpoints.newest(self.folder)
@@ -230,7 +234,7 @@ class Trainer:
 
     def run(self, fingerprint: str, resume: bool, live: bool, checkpoint_every: int | None) -> list[dict]:
         """The loop. Returns one dict of metrics per step; row 0 is the model as it was."""
-        main, every = self.accelerator.is_main_process, checkpoint_every or self.every
+        main = self.accelerator.is_main_process
         self.state["fingerprint"] = fingerprint
         metrics = self.resume_from(fingerprint) if resume else []
         if main:
@@ -248,7 +252,7 @@ class Trainer:
         while self.state["step"] < self.steps and not self.state["stopped_early"]:
             row = self.step()
             step, last, start = row["step"], row["step"] == self.steps, time.perf_counter()
-            if evaluated := step % self.every == 0 or last:
+            if evaluated := self.evaluates_at(step):
                 row |= self.evaluate()
                 self.keep_or_stop(row, main)
             metrics.append(row)
@@ -262,7 +266,7 @@ class Trainer:
                 for sign in signs_of_over_optimisation(metrics):
                     self.state["warnings"].append(f"step {step}: {sign}")
                     bar.write(f"warning, step {step}: {sign}") if main else None
-            if step % every == 0 and not last:
+            if not last and (step % checkpoint_every == 0 if checkpoint_every else evaluated):
                 checkpoints.save(self.accelerator, self.folder, self.state)
             bar.update()
             bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)

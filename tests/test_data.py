@@ -10,6 +10,8 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
+from tokenizers import Tokenizer, models, trainers
+from transformers import PreTrainedTokenizerFast
 
 from common.data import (
     DataError,
@@ -253,6 +255,12 @@ def test_the_split_of_a_prompt_does_not_depend_on_the_other_rows():
     assert set(reversed_half["prompt"]) == set(whole["prompt"]) & set(load_pairs(many(100))[0]["prompt"])
 
 
+def test_the_split_is_the_same_on_every_machine():
+    """The first digest of SHA-256 modulo 10, computed once and for all: another split would train on test prompts."""
+    held_out = load_pairs(many(60), "test")[0]["chosen"]
+    assert held_out == [f" It is {number + 1}." for number in (8, 23, 33, 41, 44, 50)]
+
+
 def test_limit_counts_clean_rows():
     rows = [hh("bad", "", " b"), *many(5)]
     pairs, report = load_pairs(rows, limit=3)
@@ -325,6 +333,25 @@ def test_a_prompt_as_long_as_the_context_is_dropped_and_counted(tokenizer):
     assert sum(report.dropped.values()) == 1 and "prompt as long as the context" in str(report)
     rows, report = tokenize_pairs(pairs, tokenizer, limit + 1)  # room for one token
     assert len(rows) == 2 and len(rows[1]["chosen_ids"]) == 1
+
+
+def test_pairs_that_are_equal_after_the_cut_are_dropped_and_counted(tokenizer):
+    """Two long answers that differ at their ends only: cut short they would teach nothing."""
+    pairs = load_pairs([GOOD, hh("Hi", " Hello" * 30 + " you", " Hello" * 30 + " there")])[0]
+    assert len(tokenize_pairs(pairs, tokenizer, 1000)[0]) == 2
+    rows, report = tokenize_pairs(pairs, tokenizer, len(tokenizer(pairs[1]["prompt"])["input_ids"]) + 20)
+    assert rows["chosen"] == [" Hello!"] and dict(report.dropped) == {"sides equal after the cut": 1}
+
+
+def test_a_token_across_the_end_of_the_prompt_drops_the_row():
+    """A tokenizer that joins ":" and " y" into one token: the prompts of the two sides are not the same tokens."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
+    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=60, show_progress=False)
+    bpe.train_from_iterator([f"{HUMAN} Hi{ASSISTANT} no", *[": yes"] * 20], trainer)
+    joining = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>")
+    pairs = load_pairs([hh("Hi", " yes", " no"), hh("Hi", " no", " Hi")])[0]
+    rows, report = tokenize_pairs(pairs, joining, 100)
+    assert rows["chosen"] == [" no"] and dict(report.dropped) == {"a token spans the end of the prompt": 1}
 
 
 def test_no_row_left_after_tokenisation_is_an_error_that_says_what_to_do(tokenizer):
