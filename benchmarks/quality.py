@@ -11,23 +11,23 @@ import os
 import platform
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 
-from common.evaluation import measure
+from common.evaluation import evaluation_report, measure, summarise_seeds
 from common.judges import RuleJudge, head_to_head
 from common.profiles import get_profile
 from common.runs import Lab, versions, write_json
 from common.training import train
-from tools.results_table import QUALITY_MEASURES, quality_markdown
+from tools.results_table import quality_markdown
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = {"cpu": (101, 102, 103), "smoke": (101,)}
 STAGES = ("sft", "sft_chosen", "dpo_plain", "dpo")
 
 
-def thresholds(profile: str, seeds: list[dict], models: dict, rates: list[float]) -> list[tuple]:
+def thresholds(profile: str, seeds: list[dict], models: dict) -> list[tuple]:
     """What must hold of the DPO that the lab ends with: (what, measured, relation, bound)."""
-    dpo = models["dpo"]
+    dpo, rates = models["dpo"], [seed["win_rate"]["dpo_vs_sft"]["rate"] for seed in seeds]
     if profile == "smoke":
         return [
             ("win rate against SFT", mean(rates), ">=", 0.58),
@@ -48,45 +48,28 @@ def thresholds(profile: str, seeds: list[dict], models: dict, rates: list[float]
 
 
 def run_seed(profile: str, seed: int) -> dict:
-    """Trains and measures one seed: {"seed", "prompts", "models", "win_rate", "cost"}."""
+    """Trains and measures one seed. Returns its `evaluation_report`, with "seed" and "prompts" beside it."""
     lab = Lab(get_profile(profile), seed)
     train(lab, "base")
     runs = {stage: train(lab, stage) for stage in STAGES}
     judge, models, answers = RuleJudge(lab.data.world), {}, {}
     for stage, run in runs.items():
         models[stage], answers[stage] = measure(lab, run.model, runs["sft"].model)
-    rates = {f"{stage}_vs_sft": vars(head_to_head(judge, answers[stage], answers["sft"])) for stage in STAGES[1:]}
-    rates["dpo_vs_sft_chosen"] = vars(head_to_head(judge, answers["dpo"], answers["sft_chosen"]))
-    cost = {
-        stage: {name: run.record[name] for name in ("wall_seconds", "cpu_seconds", "train_flops", "train_tokens")}
-        for stage, run in runs.items()
-    }
-    size = {"prompts": len(lab.prompts), "samples": lab.profile.samples}
-    return {"seed": seed, **size, "models": models, "win_rate": rates, "cost": cost}
-
-
-def over_seeds(values: list[float]) -> tuple[float, float]:
-    """Mean and standard deviation over seeds (0 for one seed)."""
-    return mean(values), stdev(values) if len(values) > 1 else 0.0
+    pairs = [*((stage, "sft") for stage in STAGES[1:]), ("dpo", "sft_chosen")]
+    rates = {f"{a}_vs_{b}": head_to_head(judge, answers[a], answers[b]) for a, b in pairs}
+    report = evaluation_report(models, rates, {stage: run.record for stage, run in runs.items()})
+    return report | {"seed": seed, "prompts": len(lab.prompts), "samples": lab.profile.samples}
 
 
 def summarise(profile: str, seeds: list[dict]) -> dict:
-    """Means and standard deviations over seeds, and the thresholds with what was measured."""
-    models = {}
-    for stage in STAGES:
-        pairs = {name: over_seeds([seed["models"][stage][name] for seed in seeds]) for name in QUALITY_MEASURES}
-        models[stage] = {name: pair[0] for name, pair in pairs.items()} | {
-            "std": {name: pair[1] for name, pair in pairs.items()}
-        }
-    rates = {name: over_seeds([seed["win_rate"][name]["rate"] for seed in seeds]) for name in seeds[0]["win_rate"]}
-    dpo_rates = [seed["win_rate"]["dpo_vs_sft"]["rate"] for seed in seeds]
+    """Means and deviations over seeds, every seed's own report, and the thresholds with what was measured."""
+    summary = summarise_seeds(seeds)
     checks = [
         {"what": what, "measured": value, "wanted": f"{relation} {bound:g}",
          "met": value >= bound if relation == ">=" else value <= bound}
-        for what, value, relation, bound in thresholds(profile, seeds, models, dpo_rates)
+        for what, value, relation, bound in thresholds(profile, seeds, summary["models"])
     ]  # fmt: skip
-    win_rate = {name: {"rate": value, "std": spread} for name, (value, spread) in rates.items()}
-    return {"seeds": seeds, "models": models, "win_rate": win_rate, "thresholds": checks}
+    return summary | {"reports": seeds, "thresholds": checks}
 
 
 def main(arguments: list[str] | None = None) -> int:

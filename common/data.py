@@ -196,7 +196,7 @@ def _tokenize(rows, tokenizer, max_length: int, sides: tuple[str, ...], source: 
     for row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 20_000):
         report.rows += 1
         parts = [tokenize_response(row["prompt"], row[side], tokenizer, max_length) for side in sides]
-        prompt_ids = parts[0][0]
+        prompt_ids = _start(tokenizer) + tokenizer(row["prompt"], add_special_tokens=False)["input_ids"]
         if len(prompt_ids) >= max_length:
             report.dropped["prompt as long as the context: the response is truncated to nothing"] += 1
         elif any(part[0] != prompt_ids for part in parts):

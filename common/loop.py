@@ -17,11 +17,11 @@ from tqdm import tqdm
 from transformers import get_scheduler
 
 from common import checkpoints, losses, models
+from common.curves import LiveFigure
 from common.data import collate
 from common.evaluation import generate, logps_of
 from common.judges import RuleJudge, head_to_head, rewards
 from common.logprobs import PairLogps, response_logps
-from common.plots import LiveFigure
 from common.profiles import Recipe, device_and_precision
 from common.runs import Lab, read_metrics, stage_of, write_lines
 

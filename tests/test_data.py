@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from datasets import Dataset
-from tokenizers import Tokenizer, models, trainers
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from common.data import (
@@ -343,16 +343,17 @@ def test_pairs_that_are_equal_after_the_cut_are_dropped_and_counted(tokenizer):
     assert rows["chosen"] == [" Hello!"] and dict(report.dropped) == {"sides equal after the cut": 1}
 
 
-def test_a_token_across_the_end_of_the_prompt_drops_the_row():
-    """A tokenizer that joins ":" and " y" into one token: the prompts of the two sides are not the same tokens."""
-    bpe = Tokenizer(models.BPE(unk_token="<unk>"))
-    trainer = trainers.BpeTrainer(special_tokens=["<unk>", "</s>"], vocab_size=60, show_progress=False)
-    bpe.train_from_iterator([f"{HUMAN} Hi{ASSISTANT} no", *[": yes"] * 20], trainer)
-    joining = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", unk_token="<unk>")
-    pairs = load_pairs([hh("Hi", " yes", " no"), hh("Hi", " no", " Hi")])[0]
-    rows, report = tokenize_pairs(pairs, joining, 100)
-    assert rows["chosen"] == [" no"] and dict(report.dropped) == {"a token spans the end of the prompt": 1}
-
+@pytest.mark.parametrize("merges", [[(":", "▁")], [(":", "▁"), (":▁", "y")]], ids=["alike", "differently"])
+def test_a_token_across_the_end_of_the_prompt_drops_the_row(merges):
+    """A tokenizer that joins the prompt's last ":" with the space after it, on both sides or further on one of them:
+    the prompt in training would not be the one that generation sees."""
+    tokens = ["</s>", *sorted(set("\n▁Human:Assistantyeo")), ":▁", ":▁y"]
+    bpe = Tokenizer(models.BPE({token: number for number, token in enumerate(tokens)}, merges))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    joining = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>")
+    pairs = load_pairs([hh("Hi", " yes", " no")])[0]
+    with pytest.raises(DataError, match="dropped +1 +a token spans the end of the prompt"):
+        tokenize_pairs(pairs, joining, 100)
 
 def test_no_row_left_after_tokenisation_is_an_error_that_says_what_to_do(tokenizer):
     pairs = load_pairs([GOOD])[0]

@@ -62,24 +62,30 @@ QUALITY_MEASURES = {  # key in benchmarks/results/quality.json → heading
 }  # fmt: skip
 
 
+def mean_and_spread(value: float, spread: float | None) -> str:
+    """`0.824 ± 0.026`, or the value alone where there is one seed."""
+    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
+
+
 def quality_markdown(results: dict) -> str:
     """What `benchmarks/quality.py` measured, for the READMEs: one column per stage, mean ± deviation over seeds."""
     lines = []
     for profile, result in results["profiles"].items():
-        seeds, models = result["seeds"], result["models"]
-        stages = list(models)
-        numbers = ", ".join(str(seed["seed"]) for seed in seeds)
-        prompts = f"{seeds[0]['prompts']} held-out prompts × {seeds[0]['samples']} samples at temperature 1"
-        lines += [f"`{profile}`, {'seeds' if len(seeds) > 1 else 'seed'} {numbers}; {prompts}:", ""]
-        lines += ["| | " + " | ".join(stages) + " |", "|---|" + "---|" * len(stages)]
-        shown = [result["win_rate"].get(f"{stage}_vs_sft") for stage in stages]
-        cells = [f"{rate['rate']:.3f} ± {rate['std']:.3f}" if rate else "0.5 by definition" for rate in shown]
+        reports, models, rates = result["reports"], result["models"], result["win_rate"]
+        numbers = ", ".join(str(report["seed"]) for report in reports)
+        size = f"{reports[0]['prompts']} held-out prompts × {reports[0]['samples']} samples at temperature 1"
+        lines += [f"`{profile}`, {'seeds' if len(reports) > 1 else 'seed'} {numbers}; {size}:", ""]
+        lines += ["| | " + " | ".join(f"`{stage}`" for stage in models) + " |", "|---|" + "---|" * len(models)]
+        cells = []
+        for stage in models:
+            rate = rates.get(f"{stage}_vs_sft")
+            cells.append(mean_and_spread(rate["rate"], rate["std"]) if rate else "0.5 by definition")
         lines.append("| **win rate against SFT** | " + " | ".join(cells) + " |")
         for name, heading in QUALITY_MEASURES.items():
-            cells = [f"{models[stage][name]:.3f} ± {models[stage]['std'][name]:.3f}" for stage in stages]
+            cells = [mean_and_spread(values[name], values["std"][name]) for values in models.values()]
             lines.append(f"| {heading} | " + " | ".join(cells) + " |")
-        rate = result["win_rate"]["dpo_vs_sft_chosen"]
-        lines += ["", f"`dpo` against `sft_chosen`, head to head: {rate['rate']:.3f} ± {rate['std']:.3f}.", ""]
+        rate = rates["dpo_vs_sft_chosen"]
+        lines += ["", f"`dpo` against `sft_chosen`, head to head: {mean_and_spread(rate['rate'], rate['std'])}.", ""]
     return "\n".join(lines)
 
 
