@@ -15,8 +15,7 @@ from statistics import mean
 
 from common.evaluation import evaluation_report, measure, summarise_seeds
 from common.judges import RuleJudge, head_to_head
-from common.profiles import get_profile
-from common.runs import Lab, versions, write_json
+from common.runs import open_lab, versions, write_json
 from common.training import train
 from tools.results_table import quality_markdown
 
@@ -49,7 +48,7 @@ def thresholds(profile: str, seeds: list[dict], models: dict) -> list[tuple]:
 
 def run_seed(profile: str, seed: int) -> dict:
     """Trains and measures one seed. Returns its `evaluation_report`, with "seed" and "prompts" beside it."""
-    lab = Lab(get_profile(profile), seed)
+    lab = open_lab(profile, seed)
     train(lab, "base")
     runs = {stage: train(lab, stage) for stage in STAGES}
     judge, models, answers = RuleJudge(lab.data.world), {}, {}

@@ -15,6 +15,7 @@ from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import torch
 from datasets import Dataset
 
 from common import models
@@ -26,7 +27,7 @@ from common.data import (
     tokenize_pairs,
     tokenize_texts,
 )
-from common.profiles import Profile, device_and_precision, get_profile
+from common.profiles import TINY, WORLD, Profile, device_and_precision, get_profile
 
 DPO_LAB, ORPO_LAB = "Lab-1.7-DPO_Alignment", "Lab-1.8-ORPO_Alignment"
 
@@ -261,6 +262,8 @@ def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
     chosen = get_profile(profile)
     seed = int(os.environ.get("LAB_SEED", "0")) if seed is None else seed
     device, dtype, why = device_and_precision()
+    if (chosen.model, chosen.data, device) == (TINY, WORLD, "cpu") and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are shared
     print(f"profile   {chosen.run_name} ({chosen.reason})")
     print(f"device    {device}, {dtype} ({why})")
     print(f"model     {chosen.model}\ndata      {Path(chosen.data).name}\nseed      {seed}")

@@ -15,7 +15,7 @@ os.environ.update(
     MPLBACKEND="Agg",
 )
 # Read by torch when it is imported: with tensors this small, more threads only get in each other's way.
-os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_configure(config):

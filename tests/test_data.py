@@ -355,6 +355,7 @@ def test_a_token_across_the_end_of_the_prompt_drops_the_row(merges):
     with pytest.raises(DataError, match="dropped +1 +a token spans the end of the prompt"):
         tokenize_pairs(pairs, joining, 100)
 
+
 def test_no_row_left_after_tokenisation_is_an_error_that_says_what_to_do(tokenizer):
     pairs = load_pairs([GOOD])[0]
     with pytest.raises(DataError, match=r"(?s)No row is left after tokenisation: raise max_length.*dropped +1"):

@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from tiny import assert_same
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from common import models
 from common.data import load_pairs
@@ -206,6 +206,24 @@ def test_a_merged_adapter_is_the_adapter_switched_on(adapted):
     merged = models.merge_lora(model, "unused", PROFILE)
     assert isinstance(merged, GPT2LMHeadModel) and not [name for name in merged.state_dict() if "lora" in name]
     assert_same(merged(IDS).logits.detach(), on)
+
+
+def test_a_4_bit_model_is_merged_into_full_precision_weights(tmp_path):
+    """W + (alpha / rank) * B A with alpha = 2 * rank, on W as it was saved: not on its rounding to four bits."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=64, **sizes))
+    base.save_pretrained(tmp_path)
+    profile = tiny.micro_profile(four_bit=True, lora=4)
+    model = models.add_lora(models.load_model(tmp_path, profile), profile)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    layer.lora_B.default.weight.data += 0.1
+    update = 2 * layer.lora_B.default.weight.detach().float() @ layer.lora_A.default.weight.detach().float()
+    rounded = layer.base_layer.weight
+    assert rounded.dtype == torch.uint8
+    merged = models.merge_lora(model, tmp_path, profile)
+    before, after = (each.model.layers[0].self_attn.q_proj.weight.detach() for each in (base, merged))
+    assert after.dtype == torch.float32 and update.abs().max() > 1e-3
+    assert_same(after, before + update, 1e-5)
 
 
 def test_only_the_adapter_is_trained(adapted):
