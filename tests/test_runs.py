@@ -78,10 +78,10 @@ def test_a_folder_replaces_a_folder(tmp_path):
 def test_a_full_disk_is_explained_and_the_old_file_stays(tmp_path):
     target = tmp_path / "report.json"
     target.write_text("old")
-    with pytest.raises(OSError, match=r"The disk is full: .*report\.json was not written.*intact") as failure:
-        with written_whole(target) as scratch:
-            scratch.write_text("half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+    full = pytest.raises(OSError, match=r"The disk is full: .*report\.json was not written.*intact")
+    with full as failure, written_whole(target) as scratch:
+        scratch.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
     assert failure.value.errno == errno.ENOSPC and target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 

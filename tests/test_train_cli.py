@@ -33,7 +33,8 @@ def test_a_stage_is_trained_with_the_defaults_of_its_profile(calls, capsys):
 
 
 def test_options_reach_the_run(calls):
-    train.main("orpo_lora --profile cpu --seed 3 --resume --sweep mine --checkpoint-every 7".split())
+    options = ["--profile", "cpu", "--seed", "3", "--resume", "--sweep", "mine", "--checkpoint-every", "7"]
+    train.main(["orpo_lora", *options])
     [(lab, stage, settings)] = calls
     assert (lab.profile.name, lab.seed, stage) == ("cpu", 3, "orpo_lora")
     assert settings == {"sweep": "mine", "resume": True, "checkpoint_every": 7}

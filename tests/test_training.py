@@ -346,7 +346,7 @@ def test_early_stopping_stops(lab):
 
 
 def test_a_better_loss_sets_the_patience_back(lab, monkeypatch):
-    """Held-out losses 4, 5, 3, 5, 6, 7 with patience 2: one bad evaluation, a better one, and only then two bad ones."""
+    """Held-out losses 4, 5, 3, 5, 6, 7 with patience 2: one bad evaluation, a better one, then two bad ones."""
     losses = dict(enumerate((9.0, 4.0, 5.0, 3.0, 5.0, 6.0, 7.0)))
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": losses[self.state["step"]]})
     run = train_stage(lab, "sft", sweep="patience", evaluations=7, patience=2, keep_best=False)
