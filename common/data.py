@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 from datasets import Dataset, load_dataset
 from tqdm import tqdm
@@ -96,6 +97,15 @@ def _read_jsonl(path: Path) -> list[dict]:
 
 
 def _read_file(path: Path) -> list[dict]:
+    """Rows of one file. Raises: DataError for one that is cut off, not text, or not what its ending says."""
+    try:
+        return _read_by_ending(path)
+    except (EOFError, OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
+        kind = type(error).__name__
+        raise DataError(f"{path.name} cannot be read ({kind}: {error}). Fetch or write it again.") from error
+
+
+def _read_by_ending(path: Path) -> list[dict]:
     if path.name.endswith((".jsonl", ".jsonl.gz")):
         return _read_jsonl(path)
     if path.suffix == ".parquet":
@@ -157,7 +167,8 @@ def load_pairs(source, split: str | None = None, limit: int | None = None) -> tu
         if wrong := [name for name in COLUMNS if not isinstance(row.get(name, ""), str | None)]:
             raise DataError(f"{report.source}: column {wrong[0]} must hold text, not {type(row[wrong[0]]).__name__}.")
         pair = _to_pair(row)
-        if local and split and not isinstance(pair, str) and _held_out(pair["prompt"]) != (split == "test"):
+        # A row that cannot be used has no prompt; its own text decides on which side of the split it is counted.
+        if local and split and _held_out(str(row) if isinstance(pair, str) else pair["prompt"]) != (split == "test"):
             continue
         report.rows += 1
         if isinstance(pair, str):

@@ -254,6 +254,8 @@ class Trainer:
             step, last, start = row["step"], row["step"] == self.steps, time.perf_counter()
             if evaluated := self.evaluates_at(step):
                 row |= self.evaluate()
+                if not math.isfinite(row["held_out_loss"]):
+                    raise TrainingError(f"The held-out loss is not finite after step {step}: lower the learning rate.")
                 self.keep_or_stop(row, main)
             metrics.append(row)
             self.state["aside"] += time.perf_counter() - start  # held-out measures: not part of the method's cost

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -62,7 +63,7 @@ def _from_hub(load, source: str, **options):
         raise ModelError(f"No model folder at {source}. Check LAB_MODEL.")
     try:
         return load(source, **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(
             f"Could not load {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "To go on offline, point LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, "

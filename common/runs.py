@@ -3,6 +3,7 @@
 The only module that knows which notebook makes which stage.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 from datasets import Dataset
+from safetensors import SafetensorError
 
 from common import models
 from common.data import (
@@ -109,10 +111,10 @@ def written_whole(target: Path) -> Iterator[Path]:
         if target.is_dir():
             os.replace(target, scratch / "old")
         os.replace(scratch / target.name, target)
-    except OSError as error:
-        if error.errno == 28:
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(
-                28, f"The disk is full: {target} was not written, and what was there before is intact. "
+                errno.ENOSPC, f"The disk is full: {target} was not written, and what was there before is intact. "
                 "Free some space (old runs are in the runs folder) and run again; training resumes."
             ) from error  # fmt: skip
         raise

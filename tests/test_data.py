@@ -480,3 +480,25 @@ def test_more_than_a_thousand_real_pairs_are_trained_on(sample, monkeypatch):
     assert lab.profile.max_length >= 256
     assert len(lab.train_pairs) >= 1000
     assert lab.data.reports["train tokens"].kept == len(lab.train_pairs)
+
+
+@pytest.mark.parametrize(("name", "content"), [
+    ("cut.jsonl.gz", gzip.compress(b'{"chosen": "a", "rejected": "b"}\n' * 50)[:-20]),
+    ("latin.jsonl", '{"chosen": "caf\u00e9", "rejected": "b"}'.encode("latin-1")),
+    ("not.parquet", b"PAR1 this is no table"),
+])  # fmt: skip
+def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, content):
+    """A download that was cut off, a text in another encoding, a table that is none: never a bare library error."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name} cannot be read .*Fetch or write it again"):
+        load_pairs(tmp_path / name)
+
+
+def test_a_row_that_cannot_be_used_is_counted_on_one_side_of_the_split(tmp_path):
+    """30 rows without an assistant turn and 30 good ones: train and test together count each row once."""
+    good = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(30)]
+    bad = [{"chosen": f"no turn {n}", "rejected": "none"} for n in range(30)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good + bad))
+    reports = [load_pairs(tmp_path / "rows.jsonl", split)[1] for split in ("train", "test")]
+    assert sum(report.rows for report in reports) == 60
+    assert sum(report.dropped["no assistant turn"] for report in reports) == 30

@@ -703,3 +703,10 @@ def test_two_processes_train_as_one_does(lab):
     for one, other in zip(single.metrics, metrics, strict=True):
         for name in ("loss", "nll", "margin", "logps_chosen", "logps_rejected", "held_out_loss"):
             assert abs(one.get(name, 0.0) - other.get(name, 0.0)) <= 1e-5 * max(1.0, abs(one.get(name, 0.0)))
+
+
+def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
+    """The loss of a step is of the weights before it: only the held-out loss sees the last update."""
+    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0})
+    with pytest.raises(TrainingError, match="held-out loss is not finite after step"):
+        train_stage(lab, "sft", sweep="nan-at-the-end", evaluations=1, keep_best=False)
