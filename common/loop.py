@@ -24,9 +24,9 @@ from common.judges import RuleJudge, head_to_head, rewards
 from common.logprobs import PairLogps, response_logps
 from common.profiles import Recipe, device_and_precision
 from common.runs import Lab, read_metrics, stage_of, write_lines
+from common.signs import signs_of_over_optimisation
 
 SAMPLED_PROMPTS = 64  # held-out prompts answered at every evaluation, for KL and win rate
-KL_LIMIT, ACCURACY_LIMIT = 20.0, 0.95  # the course pages' signs of over-optimisation (CLAIMS D6, D7)
 
 
 class TrainingError(RuntimeError):
@@ -291,34 +291,9 @@ class Trainer:
                 print(f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at step {best}")
 
 
-def signs_of_over_optimisation(metrics: list[dict]) -> list[str]:
-    """What the course pages warn of, each with its remedies, from the rows since the last two evaluations."""
-    signs, remedy = [], "stop earlier, raise beta, or lower the learning rate"
-    evaluated = [index for index, row in enumerate(metrics) if "held_out_loss" in row]
-    now, rows = metrics[evaluated[-1]], metrics[evaluated[-2] + 1 :] if len(evaluated) > 1 else []
-    if now.get("held_out_kl", 0.0) > KL_LIMIT:
-        signs.append(f"KL to the reference is {now['held_out_kl']:.1f} nats (> {KL_LIMIT:.0f}): {remedy}.")
-    right = [row["accuracy"] for row in rows if "accuracy" in row]
-    if right and sum(right) / len(right) > ACCURACY_LIMIT:
-        signs.append(f"Training accuracy is {sum(right) / len(right):.3f} (> {ACCURACY_LIMIT}): {remedy}.")
-    if len(evaluated) > 2:
-        before = metrics[evaluated[-2]]
-        earlier = metrics[evaluated[-3] + 1 : evaluated[-2] + 1]
-        falling = _mean(rows, "loss") < _mean(earlier, "loss")
-        if falling and now.get("held_out_nll", 0.0) > 1.02 * before.get("held_out_nll", math.inf):
-            signs.append(f"The loss falls but the held-out NLL rises to {now['held_out_nll']:.3f}: {remedy}.")
-        if falling and now.get("held_out_win_rate", 1.0) < before.get("held_out_win_rate", 0.0) - 0.05:
-            signs.append(f"The loss falls but the win rate falls to {now['held_out_win_rate']:.2f}: {remedy}.")
-    return signs
-
-
 def batched(rows: list, size: int) -> list[list]:
     """`rows` in lists of at most `size`."""
     return [rows[at : at + size] for at in range(0, len(rows), size)]
-
-
-def _mean(rows: list[dict], name: str) -> float:
-    return sum(row[name] for row in rows) / len(rows)
 
 
 def _memory(process: psutil.Process) -> int:

@@ -109,7 +109,7 @@ def _parent_model(lab: Lab, method: str, parent: str | None):
 def _record(
     trainer: Trainer, metrics: list[dict], fingerprint: str, parts: dict, parent: str | None, reference: str | None
 ) -> dict:
-    """`run.json`, whose keys DESIGN fixes."""
+    """What `run.json` holds: the keys are a contract with the notebooks and the tables."""
     profile, state = trainer.lab.profile, trainer.state
     device = "cuda" if torch.cuda.is_available() else "cpu"
     final = {name: value for name, value in metrics[-1].items() if name not in ("step", "lr", "tokens")}

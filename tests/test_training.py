@@ -22,9 +22,10 @@ from common import checkpoints, models, runs, train
 from common.data import tokenize_pairs
 from common.evaluation import logps_of
 from common.judges import RewardJudge
-from common.loop import Trainer, TrainingError, signs_of_over_optimisation
+from common.loop import Trainer, TrainingError
 from common.profiles import PROFILES
 from common.runs import Lab, MissingRun, read_metrics
+from common.signs import signs_of_over_optimisation
 from common.training import train as train_stage
 
 TESTS = Path(__file__).parent
