@@ -100,6 +100,17 @@ def test_a_comparison_older_than_the_evaluation_is_left_out(tmp_path, age, colum
     assert results_table.results_table(tmp_path).splitlines()[2].split() == columns
 
 
+@pytest.mark.parametrize("beats_a_coin", [True, False])
+def test_the_results_name_the_judge_and_warn_of_a_coin(tmp_path, beats_a_coin):
+    """A win rate of a judge that guesses must not be read as one of quality."""
+    write_results(tmp_path / "evaluation.json", sft=model())
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    report |= {"judge": "somebody", "judge_beats_a_coin": beats_a_coin}
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    text = results_table.results_table(tmp_path)
+    assert "Judge: somebody." in text and ("no better than a coin" in text) != beats_a_coin
+
+
 def test_without_results_the_table_says_which_notebook_writes_them(tmp_path):
     assert "notebook 04 of Lab 1.7" in results_table.results_table(tmp_path)
 

@@ -38,9 +38,10 @@ def results_table(folder: Path) -> str:
     files = [evaluation]
     if comparison.exists() and comparison.stat().st_mtime >= evaluation.stat().st_mtime:
         files.append(comparison)
-    models, win_rates = {}, {}
+    models, win_rates, judges = {}, {}, {}
     for file in files:
         content = json.loads(file.read_text(encoding="utf-8"))
+        judges |= {content["judge"]: content.get("judge_beats_a_coin", True)} if "judge" in content else {}
         models |= content["models"]
         win_rates |= content["win_rate"]
     shown = [name for name in MODELS if name in models]
@@ -51,6 +52,10 @@ def results_table(folder: Path) -> str:
         low, high = rate["ci95"]
         counts = f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses"
         lines.append(f"{name:26}{rate['rate']:.1%} [{low:.1%}, {high:.1%}]  {counts}")
+    for judge, beats_a_coin in judges.items():
+        lines.append(f"Judge: {judge}.")
+        if not beats_a_coin:
+            lines.append("On held-out pairs it is no better than a coin: its win rates say nothing about quality.")
     return "\n".join([f"From {' and '.join(map(str, files))}:", "", *lines])
 
 
