@@ -24,11 +24,12 @@ test: $(STAMP) ## lint, unit and parity tests, then every notebook on the smoke 
 	@$(PY) -m pytest --durations=10
 
 notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
-	@env -u LAB_MODEL -u LAB_DATA LAB_PROFILE=cpu $(PY) tools/run_labs.py --fresh --in-place --record
+	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) tools/run_labs.py --fresh --in-place --record
 	@$(PY) tools/readme_table.py
 
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
 	@$(PY) -m benchmarks.quality
+	@$(PY) tools/readme_table.py
 
 clean: ## remove caches and build outputs (keeps .venv and runs)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache

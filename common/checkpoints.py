@@ -7,6 +7,8 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from common.runs import written_whole
+
 STATE = "trainer.json"
 
 
@@ -70,9 +72,9 @@ def save_best(model, folder: Path) -> None:
     """Keeps the trainable weights of the best evaluation so far, in `best/`."""
     trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
     weights = {name: weight.detach().cpu().contiguous() for name, weight in trained}
-    (folder / "best").mkdir(parents=True, exist_ok=True)
-    save_file(weights, folder / "best" / "partial.safetensors")
-    os.replace(folder / "best" / "partial.safetensors", folder / "best" / "weights.safetensors")
+    with written_whole(folder / "best") as scratch:
+        scratch.mkdir()
+        save_file(weights, scratch / "weights.safetensors")
 
 
 def load_best(model, folder: Path) -> None:

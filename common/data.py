@@ -54,7 +54,7 @@ def split_transcript(transcript: str) -> tuple[str, str] | None:
 
 def as_prompt(text: str) -> str:
     """`text` as a prompt that ends at the assistant's turn, wrapped in the dialogue format if it is not yet."""
-    return text if text.endswith(ASSISTANT) else f"{HUMAN} {text.strip()}{ASSISTANT}"
+    return text.rstrip() if text.rstrip().endswith(ASSISTANT) else f"{HUMAN} {text.strip()}{ASSISTANT}"
 
 
 def _as_response(text: str) -> str:

@@ -91,12 +91,13 @@ class Trainer:
 
     @contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
-        """The frozen reference: a second model, or the policy with its adapter off."""
-        if self.reference is not None:
-            yield self.reference
-        else:
-            with self.model.disable_adapter():
-                yield self.model
+        """The frozen reference, in the policy's precision: a second model, or the policy with its adapter off."""
+        with self.accelerator.autocast():
+            if self.reference is not None:
+                yield self.reference
+            else:
+                with self.model.disable_adapter():
+                    yield self.model
 
     def reference_logps(self, batch: dict) -> PairLogps | None:
         """Log-probabilities under the reference, for the methods that have one."""
@@ -247,6 +248,8 @@ class Trainer:
             write_lines(self.folder / "metrics.jsonl", metrics) if main else None
         figure = LiveFigure(self.stage, self.steps) if live and main else None
         process = psutil.Process()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()  # else an earlier run's peak would be reported as this one's
         clock = time.perf_counter() - self.state["wall"], time.process_time() - self.state["cpu"]
         bar = tqdm(total=self.steps, initial=self.state["step"], desc=self.stage, disable=not main)
         while self.state["step"] < self.steps and not self.state["stopped_early"]:
@@ -258,7 +261,7 @@ class Trainer:
                     raise TrainingError(f"The held-out loss is not finite after step {step}: lower the learning rate.")
                 self.keep_or_stop(row, main)
             metrics.append(row)
-            self.state["aside"] += time.perf_counter() - start  # held-out measures: not part of the method's cost
+            self.state["aside"] += time.perf_counter() - start  # held-out measures, part of the wall time
             self.state["wall"], self.state["cpu"] = time.perf_counter() - clock[0], time.process_time() - clock[1]
             self.state["peak"] = max(self.state["peak"], _memory(process))
             if main:

@@ -97,13 +97,14 @@ def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadMode
         return GPT2LMHeadModel(config)
 
 
-def load_model(source: str | Path, profile: Profile, reward_head: bool = False):
+def load_model(source: str | Path, profile: Profile, reward_head: bool = False, device: str | None = None):
     """A causal language model (or, with `reward_head`, the same body with one output) on this machine's device.
 
     Weights stay in float32 and are run in the device's precision by the training loop; only a 4-bit profile
     loads them quantised. Pickled weights and remote code are refused. Raises: ModelError.
     """
-    device, dtype_name, _ = device_and_precision()
+    found, dtype_name, _ = device_and_precision()
+    device = device or found
     options = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
         compute = getattr(torch, dtype_name)
@@ -160,7 +161,9 @@ def merge_lora(model, source: str | Path, profile: Profile):
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
     adapter = get_peft_model_state_dict(model)
-    full = get_peft_model(load_model(source, replace(profile, four_bit=False)).cpu(), model.peft_config["default"])
+    # On the CPU: the quantised model still fills the GPU, and full precision would not fit beside it.
+    plain = load_model(source, replace(profile, four_bit=False), reward_head=hasattr(model, "score"), device="cpu")
+    full = get_peft_model(plain, model.peft_config["default"])
     set_peft_model_state_dict(full, adapter)
     return full.merge_and_unload()
 

@@ -42,7 +42,6 @@ class Profile:
     recipes: dict[str, Recipe]
     model: str = TINY
     data: str = WORLD
-    sft_data: str | None = None  # demonstrations; None: the world's, or the chosen answers of `data`
     # The embedded world and the tiny GPT-2.
     objects: int = 8
     plain_lines: int = 8000
@@ -99,10 +98,10 @@ def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Rec
         "sft": Recipe(lr=sft, epochs=2, keep_best=True, patience=4, **common),
         "sft_chosen": Recipe(lr=sft, epochs=2, **common),
         "reward": Recipe(lr=sft, **common),
-        "dpo_plain": Recipe(lr=dpo, patience=4, **common),
-        "dpo": Recipe(lr=dpo, nll_weight=1.0, patience=4, **common),
-        "orpo": Recipe(lr=orpo, lambda_or=0.1, nll_on_prompt=True, patience=4, **common),
-        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, patience=4, **common),
+        "dpo_plain": Recipe(lr=dpo, patience=4, keep_best=True, **common),
+        "dpo": Recipe(lr=dpo, nll_weight=1.0, patience=4, keep_best=True, **common),
+        "orpo": Recipe(lr=orpo, lambda_or=0.1, nll_on_prompt=True, patience=4, keep_best=True, **common),
+        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, patience=4, keep_best=True, **common),
     }
 
 

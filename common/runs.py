@@ -55,7 +55,9 @@ STAGES = {
     "orpo_lambda0": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
 }
 # Whatever decides a trained weight: a change here makes a finished run stale.
-SOURCES = ("toyworld", "data", "models", "logprobs", "losses", "evaluation", "loop", "training")
+SOURCES = (
+    "toyworld", "data", "models", "logprobs", "losses", "evaluation", "judges", "checkpoints", "loop", "training",
+)  # fmt: skip
 
 
 class MissingRun(FileNotFoundError):
@@ -219,6 +221,12 @@ class Lab:
         """False for the base of a pre-trained profile, which is the hub's model itself."""
         return stage != "base" or models.is_tiny(self.profile)
 
+    def pretrained_fingerprint(self) -> str:
+        """Of the model that LAB_MODEL or the profile names: its hub id, or the names, sizes and times of its files."""
+        files = sorted(path for path in Path(self.profile.model).glob("*") if path.is_file())
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return digest([self.profile.model, stats])
+
     def source(self, stage: str, sweep: str | None = None) -> str:
         """Where `load` finds the weights: a run folder or a hub id. Raises: MissingRun."""
         if not self.has_own_weights(stage):
@@ -262,7 +270,7 @@ def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
     Raises: ValueError for an unknown profile.
     """
     chosen = get_profile(profile)
-    seed = int(os.environ.get("LAB_SEED", "0")) if seed is None else seed
+    seed = int(os.environ.get("LAB_SEED") or 0) if seed is None else seed
     device, dtype, why = device_and_precision()
     if (chosen.model, chosen.data, device) == (TINY, WORLD, "cpu") and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # so small a model gains nothing from more, and loses much where cores are shared

@@ -77,7 +77,7 @@ def train(
     rows, held_out = _rows_of(lab, stage, pairs)
 
     def lineage(name: str | None) -> str | None:
-        return lab.record(name)["fingerprint"] if name and lab.has_own_weights(name) else name and lab.profile.model
+        return name and (lab.record(name)["fingerprint"] if lab.has_own_weights(name) else lab.pretrained_fingerprint())
 
     parts = lab.fingerprint_parts(stage, recipe, rows, lineage(parent), lineage(reference))
     fingerprint, folder = digest(parts), lab.path(stage, sweep)
@@ -128,7 +128,7 @@ def _record(
 
 def _save(trainer: Trainer, record: dict, parent_source: str | None):
     """Writes the finished model, whole weights even after LoRA, and `run.json` last. Returns the model."""
-    model = trainer.accelerator.unwrap_model(trainer.policy)
+    model = trainer.accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
     if trainer.recipe.keep_best:
         trainer.accelerator.wait_for_everyone()
         checkpoints.load_best(model, trainer.folder)
@@ -146,4 +146,7 @@ def _save(trainer: Trainer, record: dict, parent_source: str | None):
         checkpoints.remove(trainer.folder)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
+    if trainer.lab.profile.four_bit:  # the merged weights are on the CPU in full precision: not what is run
+        reward = trainer.method == "reward"
+        return models.load_model(trainer.folder, trainer.lab.profile, reward_head=reward).eval()
     return model

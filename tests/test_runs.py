@@ -227,5 +227,16 @@ def test_a_fingerprint_names_its_parts_and_ignores_what_decides_no_weight():
 
 def test_every_module_that_decides_a_weight_is_in_the_fingerprint():
     """The loop reaches these; a change in one of them must retrain."""
-    assert {"data", "models", "logprobs", "losses", "loop", "training", "toyworld"} <= set(runs.SOURCES)
+    deciding = {"data", "models", "logprobs", "losses", "judges", "checkpoints", "loop", "training", "toyworld"}
+    assert deciding <= set(runs.SOURCES)
     assert all((Path(runs.__file__).parent / f"{name}.py").exists() for name in runs.SOURCES)
+
+
+def test_other_weights_in_a_local_model_folder_are_another_fingerprint(tmp_path):
+    """LAB_MODEL may stay the same path while its weights are replaced: runs that grew from the old ones are stale."""
+    lab = Lab(replace(PROFILES["gpt2"], model=str(tmp_path)))
+    (tmp_path / "model.safetensors").write_bytes(b"old")
+    before = lab.pretrained_fingerprint()
+    assert before == lab.pretrained_fingerprint()
+    (tmp_path / "model.safetensors").write_bytes(b"newer")
+    assert before != lab.pretrained_fingerprint()

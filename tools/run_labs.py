@@ -169,10 +169,16 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         sys.exit(str(error))
     folder = profile.folder.absolute()
-    if options.fresh and folder.exists():
-        print(f"Starting from nothing: removing {folder}")
-        shutil.rmtree(folder)
-    if options.record and (folder.exists() or notebooks != found):
+    seed = int(os.environ.get("LAB_SEED") or 0)
+    folder = folder / f"seed-{seed}" if seed else folder
+    # Other seeds have folders of their own in here: they stay.
+    old = [path for path in folder.glob("*") if not path.name.startswith("seed-")]
+    if options.fresh and old:
+        print(f"Starting from nothing: removing the runs in {folder}")
+        for path in old:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        old = []
+    if options.record and (old or notebooks != found):
         sys.exit("Times are recorded for all notebooks from nothing: add --fresh, and name no notebooks.")
 
     print(f"{len(notebooks)} notebooks, profile {profile.name} ({profile.reason}), results in {folder}", flush=True)
