@@ -8,7 +8,8 @@ from matplotlib.figure import Figure
 
 plt.rcParams.update({
     "figure.dpi": 100, "font.size": 10, "axes.grid": True, "grid.alpha": 0.3, "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "figure.constrained_layout.use": True,
+    "axes.spines.right": False, "legend.framealpha": 0.9, "legend.edgecolor": "none",
+    "figure.constrained_layout.use": True,
 })  # fmt: skip
 
 CHOSEN, REJECTED, OTHER, GREY = "#1b7f5c", "#c2452d", "#2f5d9f", "#8a8a8a"

@@ -33,7 +33,7 @@ def histograms(groups: dict[str, list[float]], xlabel: str, title: str = "", lim
     if limit:
         ax.axvline(limit, color="black", linestyle="--", label=f"limit {limit:.0f}")
     ax.set(title=title, xlabel=xlabel, ylabel="number of rows")
-    ax.legend(frameon=True, edgecolor="none", framealpha=0.9)
+    ax.legend()
     return figure
 
 
