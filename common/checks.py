@@ -259,3 +259,63 @@ def _bradley_terry_strengths(fn):
     more = [float(s) for s in fn([[10 * won for won in row] for row in wins])]
     yield "ten times as many matches with the same results change nothing", max(
         abs(a - b) for a, b in zip(three, more, strict=True)) < 1e-6
+
+
+# Lab 1.8, notebook 01
+
+
+@exercise("length_bias")
+def _length_bias(fn):
+    def pair(chosen, rejected):
+        return {"chosen_ids": [5] * chosen, "rejected_ids": [900] * rejected}
+
+    yield "one pair whose chosen answer is longer: 1", fn([pair(4, 3)]) == 1
+    yield "one pair whose chosen answer is shorter: 0", fn([pair(3, 40)]) == 0
+    yield "equal lengths are half right", fn([pair(6, 6)]) == 0.5
+    mixed = [pair(2, 1), pair(9, 1), pair(3, 3), pair(1, 2), pair(1, 30), pair(1, 3), pair(2, 3), pair(7, 8)]
+    yield "2 longer, 1 equal, 5 shorter: 2.5 of 8", abs(fn(mixed) - 0.3125) < 1e-12
+    yield "by how much does not count: only which is longer", fn([pair(2, 1), pair(1, 500)]) == 0.5
+    swapped = [{"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in mixed]
+    yield "swapping chosen and rejected gives 1 minus it", abs(fn(swapped) - 0.6875) < 1e-12
+
+
+@exercise("shared_rise")
+def _shared_rise(fn):
+    from common.logprobs import PairLogps, SideLogps
+
+    def logps(chosen, rejected, lengths=((2, 8), (4, 6))):
+        sums = (torch.tensor(values, dtype=torch.float64) for values in (chosen, rejected))
+        return PairLogps(*(SideLogps(s, torch.tensor(n)) for s, n in zip(sums, lengths, strict=True)))
+
+    before = logps([-20.0, -60.0], [-30.0, -50.0])
+    yield "chosen up 20 nats, rejected up 10, 10 tokens each: one half", abs(
+        fn(before, logps([-10.0, -50.0], [-25.0, -45.0])) - 0.5) < 1e-12  # fmt: skip
+    yield "rejected rise as much as chosen: 1", abs(fn(before, logps([-15.0, -55.0], [-26.0, -44.0])) - 1) < 1e-12
+    yield "rejected fall: negative", abs(fn(before, logps([-10.0, -50.0], [-32.0, -53.0])) + 0.25) < 1e-12
+    short = ((2, 8), (4, 16))  # the rejected answers have twice as many tokens
+    halved = fn(logps([-20.0, -60.0], [-30.0, -50.0], short), logps([-10.0, -50.0], [-20.0, -40.0], short))
+    yield "per token: the same nats over twice the tokens are half the rise", abs(halved - 0.5) < 1e-12
+    uneven = fn(before, logps([-18.0, -28.0], [-30.0, -33.0]))  # 34 nats and 17 nats, over 10 tokens each
+    yield "every token counts the same: not the mean of row ratios", abs(uneven - 0.5) < 1e-12
+    try:
+        fn(before, logps([-21.0, -60.0], [-20.0, -40.0]))
+        refused = False
+    except ValueError:
+        refused = True
+    yield "where the chosen answers fall, it raises a ValueError", refused
+
+
+@exercise("cohens_kappa")
+def _cohens_kappa(fn):
+    a, b, tie = 1, -1, 0
+    yield "full agreement on votes that vary: 1", abs(fn([a, b, tie, a], [a, b, tie, a]) - 1) < 1e-12
+    yield "agreement as by chance: 0", abs(fn([a, a, b, b], [a, b, a, b])) < 1e-12
+    yield "always the opposite, evenly: -1", abs(fn([a, b, a, b], [b, a, b, a]) + 1) < 1e-12
+    first = [a] * 25 + [b] * 25  # Cohen's textbook case: 20 + 15 agree, 5 + 10 do not
+    second = [a] * 20 + [b] * 5 + [a] * 10 + [b] * 15
+    yield "35 of 50 agree, half of that by chance: 0.4", abs(fn(first, second) - 0.4) < 1e-12
+    rare = [a] * 95 + [b] * 5, [a] * 90 + [b] * 5 + [a] * 5  # 90 agree, but p_e = 0.905
+    yield "90 % agreement on a vote that is nearly always A is worth nothing", abs(fn(*rare) + 0.05 / 0.95) < 1e-9
+    third = fn([a, a, b, b, tie, tie], [a, a, b, tie, tie, a])  # p_o = 4/6, p_e = (2·3 + 2·1 + 2·2) / 36 = 1/3
+    yield '"no difference" is a vote like the others', abs(third - 0.5) < 1e-12
+    yield "one and the same vote throughout: not defined, nan", fn([a, a], [a, a]) != fn([a, a], [a, a])

@@ -50,7 +50,8 @@ class Trainer:
         self.lab, self.recipe, self.rows, self.held_out, self.folder = lab, recipe, rows, held_out, folder
         self.method = stage_of(stage).method
         self.stage, self.pad, self.eval_batch = stage, lab.tokenizer.pad_token_id, lab.profile.eval_batch
-        self.sides = ("chosen",) if self.method in ("lm", "sft") else ("chosen", "rejected")
+        imitates = self.method in ("lm", "sft") or (self.method == "orpo" and recipe.lambda_or == 0)
+        self.sides = ("chosen",) if imitates else ("chosen", "rejected")  # lambda 0 needs no rejected answers
         # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs

@@ -127,6 +127,18 @@ def orpo_loss(nll: Tensor, chosen_mean_logps: Tensor, rejected_mean_logps: Tenso
     return nll + lambda_or * odds_ratio_loss(chosen_mean_logps, rejected_mean_logps).mean()
 
 
+def simpo_loss(
+    chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float = 2.0, gamma: float = 0.5
+) -> Tensor:
+    """Per-pair SimPO loss, Meng et al. 2024 (arXiv 2405.14734), Eq. 6: the margin of means, less a wanted gap.
+
+    Args: *mean* log-probabilities per token, each of shape (batch,); `gamma`: the gap, in units of beta * nats.
+    Returns: shape (batch,). Equals -log sigmoid(-gamma) where both are equal. Raises: ValueError if shapes differ.
+    """
+    _same_shape(chosen_mean_logps, rejected_mean_logps)
+    return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
+
+
 def share_positive(margins: Tensor) -> float:
     """Share of positive margins, a margin of exactly 0 counted as half: the preference accuracy."""
     return float(((margins > 0).double() + 0.5 * (margins == 0).double()).mean())
@@ -151,7 +163,7 @@ def objective(
     metrics = {"nll": nll, "logps_chosen": chosen.sums.sum() / pairs}
     if rejected is not None:
         metrics["logps_rejected"] = rejected.sums.sum() / pairs
-    if method in ("lm", "sft"):
+    if rejected is None or method in ("lm", "sft"):  # ORPO with lambda 0 is trained on the chosen answers alone
         return nll, metrics
     if method == "orpo":
         margin, share = log_odds(chosen.means) - log_odds(rejected.means), len(chosen.sums) / pairs

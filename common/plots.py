@@ -228,3 +228,39 @@ def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figu
     ax.set(title=title, xlabel=xlabel, ylim=(-0.6, len(groups) - 0.4))
     ax.set_yticks(range(len(groups)), list(reversed(groups)))
     return figure
+
+
+def rise_of_both(close: list[dict], whole: list[dict], title: str = "") -> Figure:
+    """Held-out log-probabilities of both answers: one run from step 0 on, another from its first evaluation on."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, metrics, name in zip(axes, (close, whole), ("from the base on", "after the first jump"), strict=True):
+        for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            line = f"held_out_logps_{side}"
+            points = [(row["step"], row[line]) for row in metrics if line in row]
+            ax.plot(*np.array(points[ax is axes[1] :]).T, "o-", color=colour, label=side, markersize=4)
+        ax.set(title=name, xlabel="optimiser step", ylabel="log-probability of an answer, nats")
+        ax.locator_params(axis="x", integer=True, nbins=6)
+    axes[0].legend()
+    figure.suptitle(title)
+    return figure
+
+
+def line_panels(
+    x, panels: dict[str, dict], xlabel: str, ylabel: str, title: str = "", marks: dict | None = None
+) -> Figure:
+    """One panel per entry, each with the lines "chosen" and "rejected" over the same x; 0 is drawn.
+
+    Args: `marks`: {label: x}, drawn as a dashed vertical line in every panel.
+    """
+    figure, axes = plt.subplots(1, len(panels), figsize=(1 + 4 * len(panels), 3.4), squeeze=False, sharey=True)
+    for ax, (name, curves) in zip(axes.flat, panels.items(), strict=True):
+        for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+            ax.plot(x, curves[side], color=colour, label=side)
+        for label, place in (marks or {}).items():
+            ax.axvline(place, color="black", linestyle="--", linewidth=1, label=label)
+        ax.axhline(0, color="black", linewidth=0.8)
+        ax.set(title=name, xlabel=xlabel)
+    axes.flat[0].set_ylabel(ylabel)
+    axes.flat[-1].legend(fontsize=8)
+    figure.suptitle(title)
+    return figure

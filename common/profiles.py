@@ -55,6 +55,8 @@ class Profile:
     held_out: int = 250  # held-out pairs and evaluation prompts
     samples: int = 4  # answers per evaluation prompt
     sweep_epochs: float = 1.0  # length of each run in a notebook's sweep
+    seeds: int = 3  # of the comparison in Lab 1.8-03: this seed and the next ones
+    flaw_rates: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)  # of the pairs there; () where there is no embedded world
     max_length: int = 128  # tokens of prompt and response together
     max_new_tokens: int = 64
     # Full-size models.
@@ -86,8 +88,9 @@ def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
         "reward": Recipe(lr=sft["lr"] / 3, epochs=2, **common),
         "dpo_plain": Recipe(**plain, **common),
         "dpo": Recipe(**dpo, nll_weight=1.0, **common),
-        "orpo": Recipe(**orpo, lambda_or=0.5, nll_on_prompt=True, **common),
-        "orpo_lambda0": Recipe(**orpo, lambda_or=0.0, nll_on_prompt=True, **common),
+        # NLL on the response only, as in SFT: then λ = 0 is SFT on the chosen answers. (The paper adds the prompt.)
+        "orpo": Recipe(**orpo, lambda_or=0.5, **common),
+        "orpo_lambda0": Recipe(**orpo, **common),
     }
 
 
@@ -107,12 +110,12 @@ def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Rec
 
 HUB = {
     "data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "sweep_epochs": 0.02, "max_length": 512,
-    "max_new_tokens": 128, "eval_batch": 16,
+    "max_new_tokens": 128, "eval_batch": 16, "seeds": 1, "flaw_rates": (),
 }  # fmt: skip
 PROFILES = {
     "smoke": Profile(
-        name="smoke", sweep_epochs=0.5, objects=4, plain_lines=4000, demonstrations=2400, pairs=600, held_out=100,
-        heads=2,
+        name="smoke", sweep_epochs=0.5, seeds=1, flaw_rates=(0.0, 0.3), objects=4, plain_lines=4000,
+        demonstrations=2400, pairs=600, held_out=100, heads=2,
         recipes=_tiny_recipes(
             base={"lr": 5e-3, "epochs": 1.5}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 4e-4, "epochs": 3},
             plain={"lr": 1e-4, "epochs": 3}, orpo={"lr": 5e-3, "epochs": 4}, evaluations=4,
@@ -121,8 +124,9 @@ PROFILES = {
     "cpu": Profile(
         name="cpu",
         recipes=_tiny_recipes(
-            base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 3e-4, "epochs": 2},
-            plain={"lr": 4e-5, "epochs": 2}, orpo={"lr": 5e-3, "epochs": 3},
+            # SFT, DPO and ORPO get equal epochs: only then can their costs be compared (Lab 1.8-03).
+            base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 2}, dpo={"lr": 3e-4, "epochs": 2},
+            plain={"lr": 4e-5, "epochs": 2}, orpo={"lr": 5e-3, "epochs": 2},
         ),
     ),
     # Learning rates: SFT 5e-5, a usual rate for fine-tuning GPT-2; DPO 5e-6, ORPO 1e-5: the pages' upper values.

@@ -64,6 +64,10 @@ class MissingRun(FileNotFoundError):
     """A stage that was not trained yet. The message names the notebook and the command that make it."""
 
 
+class BrokenLineage(RuntimeError):
+    """A stage whose parent or reference was trained again since: the two no longer belong together."""
+
+
 def stage_of(name: str) -> Stage:
     """The stage called `name`; a LoRA variant (`dpo_lora`) is the stage itself, trained through adapters.
 
@@ -200,15 +204,18 @@ class Lab:
         stage_of(stage)
         return self.folder / "sweeps" / sweep if sweep else self.folder / stage
 
+    def train_command(self, stage: str) -> str:
+        """How to train a stage outside a notebook."""
+        seed = f" --seed {self.seed}" if self.seed else ""
+        return f"python -m common.train {stage} --profile {self.profile.name}{seed}"
+
     def record(self, stage: str, sweep: str | None = None) -> dict:
         """`run.json` of a finished run. Raises: MissingRun."""
         path = self.path(stage, sweep) / "run.json"
         if not path.exists():
-            seed = f" --seed {self.seed}" if self.seed else ""
             raise MissingRun(
                 f"No finished run of stage {stage!r} in {path.parent}. "
-                f"Run the notebook {stage_of(stage).notebook} first, "
-                f"or: python -m common.train {stage} --profile {self.profile.name}{seed}"
+                f"Run the notebook {stage_of(stage).notebook} first, or: {self.train_command(stage)}"
             )
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -234,8 +241,34 @@ class Lab:
         self.record(stage, sweep)
         return str(self.path(stage, sweep))
 
+    def fingerprint_of(self, stage: str) -> str:
+        """Of a finished stage; of the pre-trained model where that is the base. Raises: MissingRun."""
+        return self.record(stage)["fingerprint"] if self.has_own_weights(stage) else self.pretrained_fingerprint()
+
+    def tokenizer_digest(self) -> str:
+        """Fingerprint of the vocabulary."""
+        return digest(self.tokenizer.get_vocab())
+
+    def lineage(self, stage: str, sweep: str | None = None) -> list[str]:
+        """Fingerprints from the base to a finished run, the base first.
+
+        Raises: MissingRun; BrokenLineage where the parent or the reference is no longer the one it was trained with.
+        """
+        if not self.has_own_weights(stage):
+            return [self.pretrained_fingerprint()]
+        record = self.record(stage, sweep)
+        for role in ("parent", "reference"):
+            name = record[role]
+            if name and record["fingerprint_parts"][role] != self.fingerprint_of(name):
+                raise BrokenLineage(
+                    f"{sweep or stage} was trained from another {name} ({role}) than the one that is here now. Run the "
+                    f"notebook {stage_of(stage).notebook} again, or: {self.train_command(stage)}"
+                )
+        return [*(self.lineage(record["parent"]) if record["parent"] else []), record["fingerprint"]]
+
     def load(self, stage: str, sweep: str | None = None):
-        """The model of a finished stage, in evaluation mode. Raises: MissingRun, models.ModelError."""
+        """The model of a finished stage, in evaluation mode. Raises: MissingRun, BrokenLineage, models.ModelError."""
+        self.lineage(stage, sweep)
         reward = stage_of(stage).method == "reward"
         return models.load_model(self.source(stage, sweep), self.profile, reward_head=reward).eval()
 
@@ -247,11 +280,11 @@ class Lab:
 
     def fingerprint_parts(self, stage: str, recipe, rows: list, parent: str | None, reference: str | None) -> dict:
         """Everything that decides the weights of a run, named, so that a stale run can say what changed."""
-        without = ("recipes", "reason", "overrides", "samples", "sweep_epochs", "eval_batch")
+        without = ("recipes", "reason", "overrides", "samples", "sweep_epochs", "eval_batch", "seeds", "flaw_rates")
         profile = {name: value for name, value in asdict(self.profile).items() if name not in without}
         return {
             "stage": stage, "settings": digest([asdict(recipe), profile]), "seed": self.seed,
-            "data": digest([rows, self.test_pairs.to_list()]),
+            "data": digest([rows, self.test_pairs.to_list()]), "tokenizer": self.tokenizer_digest(),
             "parent": parent, "reference": reference, "device": device_and_precision()[:2],
             "versions": versions(), "source": source_digest(),
         }  # fmt: skip

@@ -75,11 +75,8 @@ def train(
     reference = reference or (parent if kind.method == "dpo" else None)
     lora = bool(lab.profile.lora) or stage.endswith("_lora")
     rows, held_out = _rows_of(lab, stage, pairs)
-
-    def lineage(name: str | None) -> str | None:
-        return name and (lab.record(name)["fingerprint"] if lab.has_own_weights(name) else lab.pretrained_fingerprint())
-
-    parts = lab.fingerprint_parts(stage, recipe, rows, lineage(parent), lineage(reference))
+    lineage = [name and lab.fingerprint_of(name) for name in (parent, reference)]
+    parts = lab.fingerprint_parts(stage, recipe, rows, *lineage)
     fingerprint, folder = digest(parts), lab.path(stage, sweep)
     if record := _reusable(lab, stage, sweep, fingerprint, parts):
         return Run(lab.load(stage, sweep), record, read_metrics(folder), folder)
@@ -118,7 +115,8 @@ def _record(
         "reference": reference, "fingerprint": fingerprint, "fingerprint_parts": parts, "model": profile.model,
         "dataset": trainer.lab.data.name, "n_pairs": len(trainer.rows), "hyperparameters": asdict(trainer.recipe),
         "steps": state["step"], "best_step": state.get("best_step"), "stopped_early": state["stopped_early"],
-        "train_tokens": state["tokens"], "train_flops": state["flops_per_token"] * state["padded"],
+        "train_tokens": state["tokens"], "padded_tokens": state["padded"],
+        "train_flops": state["flops_per_token"] * state["padded"],
         "wall_seconds": state["wall"], "evaluation_seconds": state["aside"], "cpu_seconds": state["cpu"],
         "peak_memory_bytes": state["peak"],
         "device": device, "processes": trainer.accelerator.num_processes, "versions": versions(),

@@ -89,8 +89,16 @@ def quality_markdown(results: dict) -> str:
         for name, heading in QUALITY_MEASURES.items():
             cells = [mean_and_spread(values[name], values["std"][name]) for values in models.values()]
             lines.append(f"| {heading} | " + " | ".join(cells) + " |")
-        rate = rates["dpo_vs_sft_chosen"]
-        lines += ["", f"`dpo` against `sft_chosen`, head to head: {mean_and_spread(rate['rate'], rate['std'])}.", ""]
+        lines += ["", "Head to head: " + "; ".join(
+            f"`{first}` against `{second}` {mean_and_spread(rate['rate'], rate['std'])}"
+            for first, second in (("orpo", "dpo"), ("orpo", "orpo_lambda0"), ("dpo", "orpo_lambda0"))
+            for rate in [rates[f"{first}_vs_{second}"]]
+        ) + "."]  # fmt: skip
+        for name, arm in result["arms"].items():
+            rate = arm["win_rate"]["orpo_vs_orpo_lambda0"]
+            against = mean_and_spread(rate["rate"], rate["std"])
+            lines.append(f"On {name} pairs: `orpo` against `orpo_lambda0` {against}.")
+        lines.append("")
     return "\n".join(lines)
 
 
