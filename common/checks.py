@@ -319,3 +319,88 @@ def _cohens_kappa(fn):
     third = fn([a, a, b, b, tie, tie], [a, a, b, tie, tie, a])  # p_o = 4/6, p_e = (2·3 + 2·1 + 2·2) / 36 = 1/3
     yield '"no difference" is a vote like the others', abs(third - 0.5) < 1e-12
     yield "one and the same vote throughout: not defined, nan", fn([a, a], [a, a]) != fn([a, a], [a, a])
+
+
+# Lab 1.8, notebook 02
+
+
+@exercise("safe_log_odds")
+def _safe_log_odds(fn):
+    import math
+
+    def tensor(*values, **options):
+        return torch.tensor(values, dtype=torch.float64, **options)
+
+    known = fn(tensor(math.log(0.5), math.log(0.75), math.log(0.2)))
+    yield "p = 1/2, 3/4, 1/5: odds 1, 3, 1/4", torch.allclose(known, tensor(0, math.log(3), -math.log(4)), atol=1e-12)
+    for x in (-1e-12, -1e-8, -1e-3, -0.69, -1.0, -50.0, -1e4):
+        argument = tensor(x, requires_grad=True)
+        value = fn(argument)
+        (slope,) = torch.autograd.grad(value.sum(), argument)
+        right = x + math.exp(x) if x < -40 else -math.log(math.expm1(-x))
+        yield f"log p = {x:g}: the value", abs(value.item() - right) <= 1e-12 * max(1.0, abs(right))
+        yield f"log p = {x:g}: the gradient, 1 / (1 - p)", abs(slope.item() * -math.expm1(x) - 1) < 1e-12
+    mixed = tensor(-1e-12, -1e4, -0.5, requires_grad=True)
+    (slope,) = torch.autograd.grad(fn(mixed).sum(), mixed)
+    yield "all of them in one tensor: every gradient is finite", bool(torch.isfinite(slope).all())
+
+
+@exercise("orpo_gradient_weight")
+def _orpo_gradient_weight(fn):
+    w, l = torch.tensor([[0.75, 0.2, 0.5], [0.5, 0.5, 0.5]], dtype=torch.float64).log()
+    delta, dw, dl = fn(w, l)
+    yield "odds 3, 1/4 and 1 against 1: delta is 1/4, 4/5 and 1/2", torch.allclose(
+        delta, torch.tensor([1 / 4, 4 / 5, 1 / 2], dtype=torch.float64), rtol=1e-12)  # fmt: skip
+    swapped = fn(l, w)[0]
+    yield "swapping the answers gives 1 - delta", torch.allclose(swapped, 1 - delta, rtol=1e-12)
+    yield "chosen: -delta / (1 - P), so the loss falls as P rises", torch.allclose(
+        dw, torch.tensor([-1.0, -1.0, -1.0], dtype=torch.float64), rtol=1e-12)  # fmt: skip
+    yield "rejected: +delta / (1 - P)", torch.allclose(
+        dl, torch.tensor([1 / 2, 8 / 5, 1.0], dtype=torch.float64), rtol=1e-12)  # fmt: skip
+    step = 1e-6
+
+    def loss(a, b):  # log(1 + odds(b) / odds(a)), with plain exponentials
+        return torch.log1p(b.exp() / (1 - b.exp()) * (1 - a.exp()) / a.exp())
+
+    numeric = (loss(w + step, l) - loss(w - step, l)) / (2 * step)
+    yield "it is the slope of the loss, measured with a small step", torch.allclose(dw, numeric, rtol=1e-6)
+    sure = fn(torch.tensor([-1e-9], dtype=torch.float64), torch.tensor([-0.6931471805599453], dtype=torch.float64))
+    yield "a pair learnt by heart: all three are finite", all(bool(torch.isfinite(part).all()) for part in sure)
+    yield "its chosen answer is still pulled, by the rejected one's odds, here 1", abs(float(sure[1]) + 1) < 1e-6
+
+
+@exercise("orpo_from_logits")
+def _orpo_from_logits(fn):
+    import math
+
+    draw = torch.Generator().manual_seed(3)
+    sides = [(torch.randn(n, 5, generator=draw, dtype=torch.float64), torch.randint(0, 5, (n,), generator=draw))
+             for n in (6, 8)]  # fmt: skip
+    for ids in (sides[0][1], sides[1][1]):
+        ids[:3] = torch.tensor([1, 4, 2])  # the prompt
+        ids[-1] = 0  # EOS
+
+    def by_hand(weight, on_prompt):
+        means, nlls = [], []
+        for logits, ids in sides:
+            rows = [[math.exp(z) for z in row] for row in logits.tolist()]
+            logps = [math.log(rows[t - 1][ids[t]] / sum(rows[t - 1])) for t in range(1, len(ids))]
+            means.append(sum(logps[2:]) / len(logps[2:]))
+            nlls.append(-sum(logps) / len(logps) if on_prompt else -means[-1])
+        odds = [math.exp(mean) / (1 - math.exp(mean)) for mean in means]
+        return nlls[0] + weight * math.log(1 + odds[1] / odds[0])
+
+    def same(value, expected):
+        return abs(float(value) - expected) < 1e-10
+
+    yield "it is a scalar", torch.as_tensor(fn(*sides, 3)).numel() == 1
+    yield "lambda 0 with the prompt: NLL of prompt and answer, shifted by one", same(
+        fn(*sides, 3, 0.0, True), by_hand(0, True))  # fmt: skip
+    yield "lambda 0 without the prompt: NLL of the answer, EOS included", same(
+        fn(*sides, 3, 0.0, False), by_hand(0, False))  # fmt: skip
+    yield "the odds are taken of means, over the answer only", same(fn(*sides, 3, 1.0, False), by_hand(1, False))
+    yield "the whole loss", same(fn(*sides, 3, 0.4, True), by_hand(0.4, True))
+    other = sides[0][0].clone()
+    other[-1] = torch.arange(5.0)
+    yield "the last row of logits predicts nothing: other values there change nothing", same(
+        fn((other, sides[0][1]), sides[1], 3, 0.4), by_hand(0.4, True))  # fmt: skip

@@ -32,8 +32,11 @@ PANELS = {
     "win_rate": ("Win rate against the reference", "share", {"held_out_win_rate": ("held out", OTHER)}),
     "odds": ("Log-odds margin", "nats", {
         "log_odds_margin": ("training", GREY), "held_out_log_odds_margin": ("held out", OTHER)}),
+    "odds_ratio": ("Odds-ratio loss", "nats", {
+        "odds_ratio_loss": ("training", GREY), "held_out_odds_ratio_loss": ("held out", OTHER)}),
 }  # fmt: skip
 LIVE = ("loss", "margin", "odds", "logps")  # what a live figure shows, where the method has it
+LIVE_ORPO = ("nll", "odds_ratio", "odds", "logps")  # its two terms, its margin and both log-probabilities
 
 
 def _smooth(values: np.ndarray, window: int) -> np.ndarray:
@@ -108,7 +111,8 @@ class LiveFigure:
         from IPython.display import display
 
         self.last = time.monotonic()
-        shown = tuple(name for name in LIVE if any(line in row for row in metrics[:2] for line in PANELS[name][2]))
+        names = LIVE_ORPO if "odds_ratio_loss" in metrics[-1] else LIVE
+        shown = tuple(name for name in names if any(line in row for row in metrics[:2] for line in PANELS[name][2]))
         figure = training_curves(metrics, shown, f"{self.title}: step {metrics[-1]['step']} of {self.steps}")
         if self.handle is None:
             self.handle = display(figure, display_id=True)

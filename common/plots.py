@@ -84,8 +84,10 @@ def sweep(
         if limits and name in limits:
             ax.axhline(limits[name], color=REJECTED, linestyle="--", linewidth=1, label=f"limit {limits[name]:g}")
             ax.legend()
-        if log:
+        if log and min(values) > 0:
             ax.set_xscale("log")
+        elif log:  # a sweep that begins at 0
+            ax.set_xscale("symlog", linthresh=min(value for value in values if value > 0))
         ax.set_xticks(values, [f"{value:g}" for value in values])
         ax.minorticks_off()
         ax.set(title=name, xlabel=xlabel)
@@ -233,7 +235,7 @@ def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figu
 def rise_of_both(close: list[dict], whole: list[dict], title: str = "") -> Figure:
     """Held-out log-probabilities of both answers: one run from step 0 on, another from its first evaluation on."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for ax, metrics, name in zip(axes, (close, whole), ("from the base on", "after the first jump"), strict=True):
+    for ax, metrics, name in zip(axes, (close, whole), ("from the base on", "from the first evaluation on"), strict=True):
         for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
             line = f"held_out_logps_{side}"
             points = [(row["step"], row[line]) for row in metrics if line in row]
@@ -262,5 +264,18 @@ def line_panels(
         ax.set(title=name, xlabel=xlabel)
     axes.flat[0].set_ylabel(ylabel)
     axes.flat[-1].legend(fontsize=8)
+    figure.suptitle(title)
+    return figure
+
+
+def against_diagonal(panels: dict[str, tuple], xlabel: str, ylabel: str, title: str = "") -> Figure:
+    """Scatters of (x, y) against the dashed line y = x, one panel each, each with its own scale."""
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
+    for ax, colour, (name, (x, y)) in zip(axes.flat, PALETTE, panels.items(), strict=False):
+        low, high = min(np.min(x), np.min(y)), max(np.max(x), np.max(y))
+        ax.plot([low, high], [low, high], color="black", linestyle="--", linewidth=1, label="equal")
+        ax.plot(x, y, "o", color=colour, alpha=0.4, markersize=4)
+        ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
+        ax.legend()
     figure.suptitle(title)
     return figure

@@ -23,6 +23,7 @@ from common.losses import (
     scored_tokens,
     sft_loss,
     share_positive,
+    simpo_loss,
 )
 from common.profiles import Recipe
 
@@ -179,7 +180,7 @@ def value_and_gradient(function, x: float, dtype=torch.float64) -> tuple[float, 
 
 
 @pytest.mark.parametrize("x", POINTS)
-def test_log1mexp_in_float64(x):
+def test_log1mexp_in_f64(x):
     """Relative error against 60 digits, in value and gradient."""
     for actual, expected in zip(value_and_gradient(log1mexp, x), exact_log1mexp(x), strict=True):
         assert relative_error(actual, expected) < 1e-12
@@ -409,3 +410,21 @@ def test_scored_tokens_count_the_prompt_from_its_second_token():
     assert scored_tokens(rows, Recipe(lr=1)) == 4
     assert scored_tokens(rows, Recipe(lr=1, nll_on_prompt=True)) == 9
 
+
+def test_simpo_loss_by_hand():
+    """beta 2, gamma 0.5, means -1.0 and -1.75: 2 * 0.75 - 0.5 = 1, and -log sigmoid(1) = log(1 + e^-1) = 0.31326…"""
+    value = simpo_loss(f64(-1.0), f64(-1.75), beta=2.0, gamma=0.5)
+    assert_same(value, [math.log(1 + math.exp(-1))])
+
+
+def test_simpo_loss_refuses_other_shapes():
+    with pytest.raises(ValueError, match="one shape"):
+        simpo_loss(f64(-1.0), f64(-1.0, -2.0))
+
+
+def test_without_rejected_answers_orpo_is_the_nll():
+    """Two answers of 3 and 2 tokens, sums -3 and -1: 4 nats over 5 tokens are 0.8 nats per token."""
+    recipe, chosen = Recipe(lr=1.0), SideLogps(f64(-3.0, -1.0), tensor([3, 2]))
+    loss, metrics = objective("orpo", recipe, PairLogps(chosen), None, pairs=2, tokens=5)
+    assert_same(loss, 0.8)
+    assert set(metrics) == {"nll", "logps_chosen"}

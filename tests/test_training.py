@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from common.evaluation import logps_of
 from common.judges import RewardJudge
 from common.loop import Trainer, TrainingError
 from common.profiles import PROFILES
-from common.runs import Lab, MissingRun, read_metrics
+from common.runs import BrokenLineage, Lab, MissingRun, read_metrics
 from common.signs import signs_of_over_optimisation
 from common.training import train as train_stage
 
@@ -711,3 +712,29 @@ def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0})
     with pytest.raises(TrainingError, match="held-out loss is not finite after step"):
         train_stage(lab, "sft", sweep="nan-at-the-end", evaluations=1, keep_best=False)
+
+
+def test_orpo_without_its_odds_ratio_term_is_sft_on_the_chosen_answers(lab):
+    """lambda 0 leaves the NLL of the chosen answer alone: with the same scope, rate and epochs, the same weights."""
+    same = {"lr": 1e-3, "epochs": 1.0, "evaluations": 1}
+    control = train_stage(lab, "orpo_lambda0", sweep="lambda0", **same)
+    imitation = train_stage(lab, "sft_chosen", sweep="imitation", **same)
+    assert weights_file(control.folder) == weights_file(imitation.folder)
+    other = train_stage(lab, "orpo", sweep="with-odds", **same)
+    assert weights_file(control.folder) != weights_file(other.folder)
+
+
+def test_a_model_whose_parent_was_trained_again_is_not_loaded(lab, tmp_path):
+    """The weights of `dpo` belong to one `sft`; beside another one every KL and margin would be wrong."""
+    own = Lab(lab.profile)
+    shutil.copytree(lab.folder, tmp_path / lab.profile.run_name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB_RUNS", str(tmp_path))
+        train_stage(own, "dpo", evaluations=1)
+        base, sft, dpo = own.lineage("dpo")
+        assert (base, sft) == (own.record("base")["fingerprint"], own.record("sft")["fingerprint"])
+        assert dpo == own.record("dpo")["fingerprint"]
+        train_stage(own, "sft", lr=2e-3, evaluations=1)
+        with pytest.raises(BrokenLineage, match="dpo was trained from another sft .*03-DPO_Training.*common.train dpo"):
+            own.load("dpo")
+        assert own.load("sft")
