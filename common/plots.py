@@ -4,6 +4,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.comparison_plots import (  # noqa: F401 - a notebook finds every figure here
+    flaw_rates,
+    frontier,
+    gradient_cosines,
+    measure_panels,
+    memory_by_part,
+    win_rate_matrix,
+)
 from common.curves import (  # noqa: F401 - a notebook finds every figure here
     CHOSEN,
     GREY,
@@ -235,7 +243,8 @@ def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figu
 def rise_of_both(close: list[dict], whole: list[dict], title: str = "") -> Figure:
     """Held-out log-probabilities of both answers: one run from step 0 on, another from its first evaluation on."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for ax, metrics, name in zip(axes, (close, whole), ("from the base on", "from the first evaluation on"), strict=True):
+    names = "from the base on", "from the first evaluation on"
+    for ax, metrics, name in zip(axes, (close, whole), names, strict=True):
         for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
             line = f"held_out_logps_{side}"
             points = [(row["step"], row[line]) for row in metrics if line in row]
@@ -272,7 +281,8 @@ def against_diagonal(panels: dict[str, tuple], xlabel: str, ylabel: str, title: 
     """Scatters of (x, y) against the dashed line y = x, one panel each, each with its own scale."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
     for ax, colour, (name, (x, y)) in zip(axes.flat, PALETTE, panels.items(), strict=False):
-        low, high = min(np.min(x), np.min(y)), max(np.max(x), np.max(y))
+        x, y = np.asarray(x), np.asarray(y)
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
         ax.plot([low, high], [low, high], color="black", linestyle="--", linewidth=1, label="equal")
         ax.plot(x, y, "o", color=colour, alpha=0.4, markersize=4)
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
