@@ -9,7 +9,8 @@
 | `worker.py` | the engine's own process: `transformers serve` on one folder |
 | `store.py` | requests, feedback and A/B assignment in SQLite |
 | `reports.py` | reads the store back: counts per arm, preference pairs |
-| `gateway.py` | the FastAPI app |
+| `gateway.py` | what a gateway knows and does: admits, assigns, relays, counts, records |
+| `app.py` | its HTTP side, a FastAPI app |
 | `start.py` | starts the gateway from a notebook or a test, and ends it |
 | `page.py` | a chat page with thumbs |
 """

@@ -14,8 +14,9 @@ from pathlib import Path
 
 import uvicorn
 
+from common.serving.app import build_app
 from common.serving.engine import Engine
-from common.serving.gateway import AUTO, Gateway, build_app
+from common.serving.gateway import AUTO, Gateway
 from common.serving.limits import Limits, is_loopback, read_keys
 from common.serving.store import Store, StoreError, choose_arm
 

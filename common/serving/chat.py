@@ -50,7 +50,7 @@ def read_object(body: bytes) -> dict:
 def read_messages(value) -> list[dict]:
     """Messages with plain text contents; text parts are joined by a space. Raises: Refusal (400)."""
     if not isinstance(value, list) or not value:
-        raise wrong("messages", "messages must be a list with something in it: [{\"role\": \"user\", \"content\": \"…\"}]")
+        raise wrong("messages", "messages must be a list, not empty: [{\"role\": \"user\", \"content\": \"…\"}]")
     messages = []
     for at, message in enumerate(value):
         where = f"messages[{at}]"
