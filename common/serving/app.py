@@ -184,7 +184,7 @@ def read_feedback(given: dict) -> dict:
     if not isinstance(given.get("request_id"), str):
         raise chat.wrong("request_id", "request_id must be the id of an answer: chatcmpl-….")
     ratings = {"up": 1, "down": -1}
-    if given.get("rating") not in ratings:
+    if not isinstance(given.get("rating"), str) or given["rating"] not in ratings:
         raise chat.wrong("rating", "rating must be \"up\" or \"down\".")
     if not isinstance(given.get("consent", False), bool):
         raise chat.wrong("consent", "consent must be true or false: may this be used to train the next model?")
