@@ -20,7 +20,7 @@ from common.serving.limits import Limits, Refusal, Slots
 from common.serving.prompts import PromptFormat
 
 log = logging.getLogger("common.serving")
-LINE_LIMIT = 1_000_000  # bytes of one line of the engine's output; longer ones end its reading, not the gateway
+LINE_LIMIT = 1_000_000  # bytes of one line from the engine; a longer one is nonsense
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 WATCH_SECONDS, START_SECONDS, HANG_SECONDS = 2.0, 600.0, 30.0
 
@@ -74,17 +74,14 @@ class Engine:
                 if self.folder:
                     await self._stop()
                     self.restarts += 1
-                    log.warning("engine %s ended and is started again. Its last words:\n%s", self.name, self.words())
+                    words = "\n".join(self.last_lines) or "(none)"
+                    log.warning("engine %s ended and is started again. Its last words:\n%s", self.name, words)
                 pause = 0.0 if time.monotonic() - started > 60 else min(30.0, 2 * pause + 0.5)
                 await asyncio.sleep(pause if self.folder else WATCH_SECONDS)
         finally:
             self.ready.clear()
             await self._stop()
             await self.client.aclose()
-
-    def words(self) -> str:
-        """The engine's last lines of output."""
-        return "\n".join(self.last_lines) or "(none)"
 
     async def _start(self) -> None:
         """Starts the process and waits until it has answered once. Raises: RuntimeError, TimeoutError."""
@@ -119,11 +116,13 @@ class Engine:
             pass
 
     async def _healthy(self, seconds: float) -> bool:
-        """Does the engine answer? Its `/health` fails too when its batching thread has died."""
+        """Does the engine answer? All that are named in the help have `/health`; another one has its list of models."""
         with suppress(httpx.HTTPError, TimeoutError):
             async with asyncio.timeout(seconds):
-                path = "/health" if self.folder else "/v1/models"
-                return (await self.client.get(self.url + path)).status_code == 200
+                status = (await self.client.get(f"{self.url}/health")).status_code
+                if status == 404:
+                    status = (await self.client.get(f"{self.url}/v1/models")).status_code
+                return status == 200
         return False
 
     async def _watch(self) -> None:
@@ -242,17 +241,28 @@ class Engine:
                 response = await self._connect(self._body(request, tokens) | {"stream": True}, deadline)
                 try:
                     await self._check_status(response)
-                    lines = response.aiter_lines()
-                    while end["reason"] is None or end["usage"] is None:
+                    parts, rest = response.aiter_bytes(), b""
+                    while True:  # to the very end, so that the connection can be used again
                         async with asyncio.timeout(deadline - time.monotonic()):
-                            line = await anext(lines, None)
-                        if line is None or line == "data: [DONE]":
+                            part = await anext(parts, None)
+                        if part is None:
                             break
-                        if line.startswith("data:"):
-                            for piece in self._pieces(line[5:]):
-                                end |= piece if "text" not in piece else {}
-                                if "text" in piece:
-                                    yield piece
+                        *lines, rest = (rest + part).split(b"\n")
+                        if len(rest) > LINE_LIMIT:
+                            raise self._broken()
+                        text, refusal = "", None
+                        for line in lines:
+                            try:
+                                found = self._read_line(line)
+                            except Refusal as error:  # what came before it is passed on first
+                                refusal = error
+                                break
+                            text += found.pop("text", "")
+                            end |= found
+                        if text:
+                            yield {"text": text}
+                        if refusal:
+                            raise refusal
                 finally:
                     await response.aclose()
         except TimeoutError as error:
@@ -282,18 +292,16 @@ class Engine:
             raise Refusal(429, "engine_busy", f"The engine of {self.name} is busy. Try again.", retry_after=1)
         raise Refusal(502, "engine_failed", f"The engine of {self.name} failed (status {response.status_code}).")
 
-    def _pieces(self, data: str) -> list[dict]:
-        """What one event of the engine says. Raises: Refusal (502) for an error or for nonsense."""
+    def _read_line(self, line: bytes) -> dict:
+        """What a line of the engine says: "text", "reason", "usage". Raises: Refusal (502) for an error or nonsense."""
+        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+            return {}
         try:
-            found = json.loads(data)
+            found = json.loads(line[5:])
             if "error" in found:
                 raise Refusal(502, "engine_failed", f"The engine of {self.name} failed: {str(found['error'])[:300]}")
-            pieces = [{"usage": found["usage"]}] if found.get("usage") else []
-            for choice in found.get("choices", [])[:1]:
-                if choice.get("finish_reason"):
-                    pieces.append({"reason": choice["finish_reason"]})
-                if text := choice.get("delta", {}).get("content"):
-                    pieces.insert(0, {"text": text})
-            return pieces
+            choice = (found.get("choices") or [{}])[0]
+            said = {"text": choice.get("delta", {}).get("content"), "reason": choice.get("finish_reason")}
+            return {name: value for name, value in (said | {"usage": found.get("usage")}).items() if value}
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise Refusal(502, "engine_failed", f"The engine of {self.name} sent what is no chat answer.") from error

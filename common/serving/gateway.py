@@ -192,14 +192,10 @@ class Exchange:
         """The answer as server-sent events, from its first piece on. A failure on the way is an event too."""
         head = self.id, self.model, int(self.created)
         try:
-            yield chat.chunk(*head, {"role": "assistant", "content": ""})
-            if first is not None:
-                yield chat.chunk(*head, {"content": first})
+            yield chat.chunk(*head, {"role": "assistant", "content": first or ""})
             async for piece in pieces:
                 yield chat.chunk(*head, {"content": piece})
-            yield chat.chunk(*head, {}, self.reason)
-            if self.request.include_usage:
-                yield chat.usage_chunk(*head, self.usage)
-            yield b"data: [DONE]\n\n"
+            usage = chat.usage_chunk(*head, self.usage) if self.request.include_usage else b""
+            yield chat.chunk(*head, {}, self.reason) + usage + b"data: [DONE]\n\n"
         except Refusal as refusal:
             yield chat.event(refusal.body)
