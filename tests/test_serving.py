@@ -227,10 +227,22 @@ def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
 
 def test_the_gateway_imports_no_torch():
     """All modules but the worker, in a process of their own."""
-    modules = [path.stem for path in Path("common/serving").glob("*.py") if path.stem not in ("worker", "page")]
+    modules = [path.stem for path in (Path(__file__).parents[1] / "common/serving").glob("*.py") if path.stem not in ("worker", "page")]
     assert len(modules) > 8
     code = f"import sys, {', '.join(f'common.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
     root = Path(__file__).parents[1]
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
     loaded = set(json.loads(result.stdout.replace("'", '"')))
     assert loaded.isdisjoint({"torch", "transformers", "numpy"}) and "fastapi" in loaded
+
+
+def test_the_dockerfile_runs_the_command_that_is_tested_here(model):
+    """Its entry point is read by the real command line, and it installs what the gateway imports."""
+    text = (Path(__file__).parents[1] / "Dockerfile").read_text()
+    entry = json.loads(text.split("ENTRYPOINT ")[1].splitlines()[0])
+    assert entry[:3] == ["python", "-m", "common.serving"]
+    options = parse([*entry[3:], "--model", str(model)])
+    assert (options.host, options.port) == ("0.0.0.0", 8000) and not options.log_prompts
+    packages = text.split("'^(")[1].split(")==")[0].split("|")
+    pinned = [line.split("==")[0] for line in (Path(__file__).parents[1] / "requirements.txt").read_text().splitlines() if "==" in line]
+    assert {"fastapi", "uvicorn", "httpx", "prometheus-client", "openai", "torch"} <= set(packages) <= set(pinned)
