@@ -23,6 +23,7 @@ from common.curves import (  # noqa: F401 - a notebook finds every figure here
     sft_curves,
     training_curves,
 )
+from common.token_plots import packed_pair, token_log_ratios  # noqa: F401
 
 
 def histograms(groups: dict[str, list[float]], xlabel: str, title: str = "", limit: float | None = None) -> Figure:
@@ -127,22 +128,6 @@ def lines(x, curves: dict[str, list], xlabel: str, ylabel: str, title: str = "",
         ax.axvline(place, color="black", linestyle=style, linewidth=1, label=name)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=8)
-    return figure
-
-
-def token_log_ratios(sides: dict[str, list[tuple[str, float]]], title: str = "", longest: int = 40) -> Figure:
-    """One bar per scored token, log(policy / reference) in nats; one panel per side, its sum in the panel's title."""
-    figure, axes = plt.subplots(len(sides), 1, figsize=(9.5, 2.5 * len(sides)), squeeze=False, sharey=True)
-    for ax, colour, (side, tokens) in zip(axes.flat, (CHOSEN, REJECTED), sides.items(), strict=False):
-        shown = tokens[:longest]
-        ax.bar(range(len(shown)), [value for _, value in shown], color=colour)
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_xticks(range(len(shown)), [text for text, _ in shown], rotation=60, ha="right", fontsize=8)
-        cut = f", first {longest} of {len(tokens)} tokens shown" if len(tokens) > longest else ""
-        ax.set(ylabel="nats", xlim=(-0.7, len(shown) - 0.3))
-        ax.set_title(f"{side}: sum {sum(value for _, value in tokens):+.2f} nats{cut}", fontsize=10)
-        ax.grid(axis="x", visible=False)
-    figure.suptitle(title)
     return figure
 
 
