@@ -162,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     os.environ.pop("MPLBACKEND", None)  # a kernel shows its figures inline unless this says otherwise
-    for name in ("LAB_RUNS", "LAB_MODEL", "LAB_DATA"):  # kernels run in other folders than this script
+    for name in ("LAB_RUNS", "LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA"):  # kernels run in other folders than this script
         value = os.environ.get(name)
         if value and (name == "LAB_RUNS" or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())
