@@ -1,0 +1,236 @@
+"""The parts of the gateway by themselves: keys, rates, the line, model folders, and the command line."""
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from serving_tools import save_chat_model
+from transformers import AutoTokenizer
+
+from common.models import CHAT_TEMPLATE
+from common.serving.__main__ import gateway_of, named, parse
+from common.serving.engine import Engine
+from common.serving.limits import Limits, RateLimit, Refusal, Slots, caller, is_loopback, read_keys
+from common.serving.prompts import PromptFormat, check_folder, prompt_text
+from common.serving.start import serving
+from common.serving.worker import batching_options
+
+KEY = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models") / "dpo"
+    save_chat_model(folder)
+    return folder
+
+
+def options_of(model, tmp_path, *more):
+    return parse(["--model", str(model), "--store", str(tmp_path / "store.sqlite"), *more])
+
+
+def test_a_key_is_known_by_its_name_and_never_kept_itself():
+    keys = read_keys(f" {KEY} , another-key-of-ours,")
+    assert len(keys) == 2 and caller(keys, f"Bearer {KEY}") == caller(keys, f"bearer {KEY} ")
+    assert caller(keys, f"Bearer {KEY}").startswith("key-") and KEY not in str(keys)
+
+
+def test_a_key_that_can_be_guessed_is_refused_with_a_way_to_make_one():
+    with pytest.raises(ValueError, match="token_urlsafe"):
+        read_keys(f"{KEY},short")
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    """Every key is compared, also after a match, and only by `hmac.compare_digest`."""
+    import hmac
+
+    seen = []
+    monkeypatch.setattr(hmac, "compare_digest", lambda a, b: seen.append(a) or a == b)
+    keys = read_keys(",".join(f"{KEY}{at}" for at in range(5)))
+    assert caller(keys, f"Bearer {KEY}0") == list(keys.values())[0] and len(seen) == 5
+
+
+def test_the_rate_fills_up_evenly():
+    """60 a minute: 60 at once, then one per second."""
+    now = [0.0]
+    rate = RateLimit(60, clock=lambda: now[0])
+    for _ in range(60):
+        rate.take("a")
+    with pytest.raises(Refusal) as refusal:
+        rate.take("a")
+    assert refusal.value.retry_after == 1
+    rate.take("b")
+    now[0] = 2.5
+    rate.take("a")
+    rate.take("a")
+    with pytest.raises(Refusal):
+        rate.take("a")
+    now[0] = 10_000
+    for _ in range(60):  # no more than a minute's worth is saved up
+        rate.take("a")
+    with pytest.raises(Refusal):
+        rate.take("a")
+
+
+def test_the_line_is_bounded_and_in_order():
+    """Two places, three may wait, ten come: five get in, in the order in which they came; five are refused at once."""
+
+    async def run():
+        slots, order, go = Slots(2, 3), [], asyncio.Event()
+
+        async def one(at):
+            async with slots.place():
+                order.append(at)
+                await go.wait()
+
+        tasks = [asyncio.create_task(one(at)) for at in range(10)]
+        while sum(task.done() for task in tasks) < 5:
+            await asyncio.sleep(0)
+        assert (slots.running, slots.waiting) == (2, 3)
+        go.set()
+        results = await asyncio.gather(*tasks, return_exceptions=True)
+        assert order == [0, 1, 2, 3, 4] and (slots.running, slots.waiting) == (0, 0)
+        assert all(isinstance(r, Refusal) and r.status == 429 and r.retry_after >= 1 for r in results[5:])
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_who_leaves_the_line_takes_no_place():
+    async def run():
+        slots, go = Slots(1, 5), asyncio.Event()
+
+        async def one():
+            async with slots.place():
+                await go.wait()
+
+        tasks = [asyncio.create_task(one()) for _ in range(3)]
+        while slots.waiting < 2:
+            await asyncio.sleep(0)
+        tasks[1].cancel()
+        go.set()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert (slots.running, slots.waiting) == (0, 0) and not slots.free.locked()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(("host", "own"), [
+    ("127.0.0.1", True), ("127.1.2.3", True), ("localhost", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False),
+    ("192.168.1.2", False), ("::", False), ("example.org", False), ("", False), ("localhost.example.org", False),
+])  # fmt: skip
+def test_what_counts_as_this_machine(host, own):
+    assert is_loopback(host) is own
+
+
+def test_without_keys_no_other_address_is_bound(model, tmp_path, monkeypatch):
+    monkeypatch.delenv("LAB_API_KEYS", raising=False)
+    with pytest.raises(ValueError, match="Set LAB_API_KEYS"):
+        gateway_of(options_of(model, tmp_path, "--host", "0.0.0.0"))
+    monkeypatch.setenv("LAB_API_KEYS", KEY)
+    gateway = gateway_of(options_of(model, tmp_path, "--host", "0.0.0.0"))
+    assert list(gateway.keys.values())[0].startswith("key-")
+    gateway.store.close()
+
+
+def test_the_command_ends_with_one_sentence_where_it_cannot_serve(tmp_path):
+    """As a process: status 2, no traceback, and what to do."""
+    command = [sys.executable, "-m", "common.serving", "--port", "0", "--model", str(tmp_path / "none")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "LAB_API_KEYS": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, cwd=tmp_path)
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "error: No model folder" in result.stderr and "python -m common.train dpo" in result.stderr
+
+
+def test_a_gateway_that_cannot_start_is_an_error_with_its_words(tmp_path):
+    with pytest.raises(RuntimeError, match="No model folder"), serving("--model", str(tmp_path / "none")):
+        pass
+
+
+def test_models_are_named_by_their_folders_and_weighted():
+    found = named(["runs/cpu/dpo=0.9", "runs/cpu/orpo=0.1"])
+    assert found == {"dpo": ("runs/cpu/dpo", 0.9), "orpo": ("runs/cpu/orpo", 0.1)}
+    assert list(named(["runs/cpu/dpo", "runs/smoke/dpo=2"])) == ["cpu/dpo", "smoke/dpo"]
+
+
+@pytest.mark.parametrize(("models", "said"), [
+    (["a=many"], "write --model DIR=WEIGHT"), (["a", "./a"], "given twice"), (["x/auto"], "'auto'"),
+])  # fmt: skip
+def test_models_that_cannot_be_told_apart_are_refused(models, said):
+    with pytest.raises(ValueError, match=said):
+        named(models)
+
+
+def test_an_engine_that_already_runs_keeps_its_model_s_name(tmp_path):
+    arguments = ["--model", "org/model=2", "--engine", "http://127.0.0.1:9/v1/", "--store", str(tmp_path / "s.sqlite")]
+    gateway = gateway_of(parse(arguments))
+    assert gateway.weights == {"org/model": 2.0}
+    assert gateway.engines["org/model"].url == "http://127.0.0.1:9" and not gateway.engines["org/model"].folder
+    gateway.store.close()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights are not served"),
+    (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+    (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "Merge it"),
+    (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+    (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "remote code"),
+])  # fmt: skip
+def test_a_folder_that_is_no_safe_model_is_refused(tmp_path, change, said):
+    for name in ("model.safetensors", "tokenizer.json", "config.json"):
+        (tmp_path / name).write_text("{}")
+    check_folder(tmp_path)
+    change(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        check_folder(tmp_path)
+
+
+def test_the_prompt_is_the_course_s_own(model):
+    """Three ways to one text: the library with the course's template, the gateway's template, the plain function."""
+    tokenizer, form = AutoTokenizer.from_pretrained(model), PromptFormat(model)
+    assert tokenizer.chat_template == CHAT_TEMPLATE
+    for messages in (
+        [{"role": "user", "content": "Hi"}],
+        [{"role": "system", "content": " Be kind "}, {"role": "user", "content": "a\n\nb"},
+         {"role": "assistant", "content": " Yes. "}, {"role": "user", "content": "<&>é{{ 1 }}"}],
+    ):  # fmt: skip
+        wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        assert form.text(messages) == prompt_text(messages) == wanted
+        assert form.count(messages) == len(tokenizer(wanted)["input_ids"])
+
+
+def test_a_template_cannot_reach_out_of_its_sandbox(model, tmp_path):
+    for name in os.listdir(model):
+        (tmp_path / name).write_bytes((model / name).read_bytes())
+    (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
+    with pytest.raises(ValueError, match="template refuses"):
+        PromptFormat(tmp_path).count([{"role": "user", "content": "Hi"}])
+
+
+def test_an_answer_without_a_limit_gets_what_fits(model):
+    engine, messages = Engine("dpo", Limits(max_tokens=300), model), [{"role": "user", "content": "Hi"}]
+    request = type("Request", (), {"messages": messages, "max_tokens": None})()
+    assert engine.room(request) == 300
+    engine.format.context = 50
+    assert engine.room(request) == 50 - engine.format.count(messages)
+    asyncio.run(engine.client.aclose())
+
+
+def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
+    assert batching_options(128, cuda=True) == ["--continuous-batching"]
+    sizes = dict(zip(*[iter(batching_options(4096, cuda=False)[1:])] * 2, strict=True))
+    assert int(sizes["--cb-num-blocks"]) * int(sizes["--cb-block-size"]) == 4 * 4096  # four whole contexts
+
+
+def test_the_gateway_imports_no_torch():
+    """All modules but the worker, in a process of their own."""
+    modules = [path.stem for path in Path("common/serving").glob("*.py") if path.stem not in ("worker", "page")]
+    assert len(modules) > 8
+    code = f"import sys, {', '.join(f'common.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
+    root = Path(__file__).parents[1]
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    loaded = set(json.loads(result.stdout.replace("'", '"')))
+    assert loaded.isdisjoint({"torch", "transformers", "numpy"}) and "fastapi" in loaded
