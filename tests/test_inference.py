@@ -1,0 +1,65 @@
+"""Measuring speed: every setting does the same work, and gives the same answers."""
+
+import pytest
+from tiny import gpt2, micro_profile
+
+from common.inference import continuous_batches, forward_tokens, kv_cache_bytes, percentiles, speed, static_batches
+from common.models import new_tiny_model
+from common.runs import Lab
+
+
+@pytest.fixture(scope="module")
+def lab():
+    return Lab(micro_profile(), seed=42)
+
+
+@pytest.fixture(scope="module")
+def model(lab):
+    return new_tiny_model(lab.profile, lab.tokenizer).eval()
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_speed_counts_exactly_the_tokens_asked_for(lab, model, use_cache):
+    """2 rows of 5 tokens in a batch: tokens per second times mean seconds is 10, EOS or not."""
+    found = speed(model, lab.tokenizer, lab.prompts, 5, batch=2, use_cache=use_cache, runs=1)
+    assert found.tokens_per_second * found.latency_p50 == pytest.approx(10)
+    assert 0 < found.first_token_p50 <= found.latency_p50 == found.latency_p95
+
+
+def test_the_cache_is_really_off(lab, model, monkeypatch):
+    """Tokens that enter the model: prompt + 3 with the cache; without it prompt, then one more at each step."""
+    prompt, seen = len(lab.tokenizer(lab.prompts[0])["input_ids"]), []
+    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    for use_cache in (True, False):
+        seen.clear()
+        speed(model, lab.tokenizer, lab.prompts[:1], 4, use_cache=use_cache, runs=1)
+        assert sum(seen) == 2 * forward_tokens(prompt, 4, use_cache)  # the warm-up, and the run
+    model._forward_pre_hooks.clear()
+
+
+def test_forward_tokens_by_hand():
+    """Prompt 10, 3 new: 10 + 1 + 1 with the cache, 10 + 11 + 12 without."""
+    assert forward_tokens(10, 3, True) == 12 and forward_tokens(10, 3, False) == 33
+
+
+def test_kv_cache_by_hand():
+    """2 (keys and values) * 2 layers * 16 wide * 10 tokens * 4 bytes."""
+    assert kv_cache_bytes(gpt2().config, 10) == 2 * 2 * 16 * 10 * 4
+
+
+def test_answers_too_long_for_the_context_are_refused(lab, model):
+    with pytest.raises(ValueError, match="within 160"):
+        speed(model, lab.tokenizer, lab.prompts, 160)
+
+
+def test_continuous_batching_answers_as_static_batches_do(lab, model):
+    """5 prompts of different lengths, greedy, with room for 3 at a time."""
+    prompts = lab.prompts[:5]
+    continuous, _ = continuous_batches(model, lab.tokenizer, prompts, 12, rows=3)
+    assert continuous == static_batches(model, lab.tokenizer, prompts, 12, batch=2)[0]
+
+
+def test_percentiles():
+    assert percentiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p95": pytest.approx(2.9), "requests": 3}
+    with pytest.raises(ValueError):
+        percentiles([])
