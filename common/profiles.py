@@ -28,6 +28,8 @@ class Recipe:
     schedule: str = "linear"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
+    path: str = "packed"  # log-probabilities: "packed" where the model allows it, or "simple" (common.logprobs)
+    cache_reference: bool = False  # DPO: the reference's log-probabilities once, before training; no KL while it runs
     clip: float = 1.0
     evaluations: int = 6  # how often the held-out metrics are taken
     patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never

@@ -116,7 +116,7 @@ def _record(
         "dataset": trainer.lab.data.name, "n_pairs": len(trainer.rows), "hyperparameters": asdict(trainer.recipe),
         "steps": state["step"], "best_step": state.get("best_step"), "stopped_early": state["stopped_early"],
         "train_tokens": state["tokens"], "padded_tokens": state["padded"],
-        "train_flops": state["flops_per_token"] * state["padded"],
+        "train_flops": state["flops_per_token"] * state["padded"] + state["reference_flops"], "path": trainer.path,
         "wall_seconds": state["wall"], "evaluation_seconds": state["aside"], "cpu_seconds": state["cpu"],
         "peak_memory_bytes": state["peak"],
         "device": device, "processes": trainer.accelerator.num_processes, "versions": versions(),
