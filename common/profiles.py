@@ -28,7 +28,7 @@ class Recipe:
     schedule: str = "linear"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    path: str = "packed"  # log-probabilities: "packed" where the model allows it, or "simple" (common.logprobs)
+    path: str = "packed"  # or "simple" (common.logprobs). On the tiny model a packed step takes 0.8 to 1.0 of the time
     cache_reference: bool = False  # DPO: the reference's log-probabilities once, before training; no KL while it runs
     clip: float = 1.0
     evaluations: int = 6  # how often the held-out metrics are taken

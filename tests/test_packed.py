@@ -128,7 +128,7 @@ def test_the_adapter_switched_off_is_the_reference():
     """LoRA with weights far from fresh: policy and reference, losses and gradients, equal the naive ones."""
     model = models.add_lora(gpt2(), PROFILES["smoke"]).double().eval()
     for number, (name, parameter) in enumerate(model.named_parameters()):
-        if "lora_B" in name:
+        if "lora_" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     found = {}
     for name, compute in (("packed", packed), ("naive", lambda m: replace(naive_logps(m, ROWS), prompt=None))):
@@ -382,6 +382,31 @@ def test_steps_on_either_path_are_the_same(lab, tmp_path, stage):
             assert_same(one[name], other[name], 1e-9)
     assert fast.state["flops_per_token"] * fast.state["padded"] < 0.8 * slow.state["flops_per_token"] * (
         slow.state["padded"])  # fmt: skip
+
+
+def test_policy_and_reference_are_both_packed(lab, tmp_path):
+    """Each reads every micro-batch as one row."""
+    trainer, seen = make_trainer(lab, tmp_path), {}
+    for name, model in (("policy", trainer.model), ("reference", trainer.reference)):
+        model.transformer.wte.register_forward_hook(
+            lambda _, inputs, output, name=name: seen.setdefault(name, set()).add(len(inputs[0])))  # fmt: skip
+    trainer.step()
+    assert seen == {"policy": {1}, "reference": {1}}
+
+
+def test_a_run_checks_its_longest_row_too(lab, tmp_path):
+    """A window of just the longest row of all will do; one token less will not, though the first batch fits."""
+    rows = lab.train_pairs.to_list()
+    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    longest, paths = max(lengths), []
+    for window in (longest, longest - 1):
+        policy = lab.load("sft")
+        policy.config.sliding_window = window
+        trainer = Trainer(lab, "dpo", lab.profile.recipes["dpo"], rows, [], tmp_path)
+        assert max(lengths[number] for number in trainer.step_rows(0)) < longest - 1
+        trainer.build(policy, models.freeze(lab.load("sft")))
+        paths.append(trainer.path)
+    assert paths == ["packed", "simple"]
 
 
 def test_the_path_is_said_in_one_line_and_recorded(lab, capsys):
