@@ -16,7 +16,8 @@ from common.runs import Lab
 from common.toyworld import World
 
 BETA = 0.1  # scale of `reward_margin` in reports, whatever beta a model was trained with
-COSTS = ("wall_seconds", "cpu_seconds", "peak_memory_bytes", "train_flops", "train_tokens")  # of a run, in reports
+# Costs of a run, in reports. `simple_flops`: without packing, by which methods are compared.
+COSTS = ("wall_seconds", "cpu_seconds", "peak_memory_bytes", "train_flops", "simple_flops", "train_tokens")
 
 
 @dataclass(frozen=True)

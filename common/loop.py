@@ -57,9 +57,9 @@ class Trainer:
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
-        counters = ("step", "tokens", "padded", "flops_per_token", "reference_flops", "wall", "cpu", "aside", "peak",
-                    "since_best")  # fmt: skip
+        counters = ("step", "tokens", "reference_flops", "wall", "cpu", "aside", "peak", "since_best")
         self.state = {**dict.fromkeys(counters, 0), "best": math.inf, "warnings": [], "stopped_early": False}
+        self.state |= {"padded": {}, "flops_per_token": {}}  # by path: the run's own, and the simple one to compare by
 
     def build(self, parent_model, reference) -> None:
         """Model, reference, optimiser and schedule."""
@@ -160,7 +160,9 @@ class Trainer:
                 accelerator.backward(loss * accelerator.num_processes)
             for name, value in {"loss": loss, **metrics}.items():
                 total[name] = total.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-            self.state["padded"] += self.padded(batch) * accelerator.num_processes
+            for path in self.state["flops_per_token"]:
+                now = self.padded(batch, path) * accelerator.num_processes
+                self.state["padded"][path] = self.state["padded"].get(path, 0) + now
         names = sorted(total)
         summed = accelerator.reduce(torch.stack([total[name] for name in names]).to(accelerator.device), "sum")
         values = dict(zip(names, summed.tolist(), strict=True))
@@ -179,19 +181,24 @@ class Trainer:
         self.state["tokens"] += sum(seen)
         return {"step": self.state["step"], "lr": lr, "tokens": self.state["tokens"], **values}
 
-    def padded(self, batch: dict) -> int:
+    def padded(self, batch: dict, path: str) -> int:
         """Tokens of a batch as the model sees them: packed, each once; else every row as long as the longest."""
-        if self.path == "packed":
+        if path == "packed":
             return sum(int(batch[f"{part}_lengths"].sum()) for part in ("prompt", *self.sides))
         longest = max(int((batch["prompt_lengths"] + batch[f"{side}_lengths"]).max()) for side in self.sides)
         return len(self.sides) * len(batch["prompt_ids"]) * longest
 
-    def count_flops(self, batch: dict, pairs: int, tokens: int) -> float:
-        """Floating-point operations per padded token of one micro-batch, counted forward and backward."""
-        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-            self.accelerator.backward(self.loss(batch, pairs, tokens)[0])
-        self.optimizer.zero_grad()
-        return counter.get_total_flops() / self.padded(batch)
+    def count_flops(self, batch: dict, pairs: int, tokens: int) -> dict[str, float]:
+        """Floating-point operations per padded token of one micro-batch, counted forward and backward, by path."""
+        own, counted = self.path, {}
+        for path in dict.fromkeys((own, "simple")):
+            self.path = path
+            with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+                self.accelerator.backward(self.loss(batch, pairs, tokens)[0])
+            self.optimizer.zero_grad()
+            counted[path] = counter.get_total_flops() / self.padded(batch, path)
+        self.path = own
+        return counted
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

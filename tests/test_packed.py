@@ -373,20 +373,25 @@ def make_trainer(lab, folder, stage: str = "dpo", dtype=torch.float64, attention
 
 @pytest.mark.parametrize("stage", ["dpo", "orpo"])
 def test_steps_on_either_path_are_the_same(lab, tmp_path, stage):
-    """Three steps in float64: every metric to 1e-9, and one line says which path it is."""
+    """Three steps in float64: every metric to 1e-9. The FLOPs are counted on the run's path and on the simple one."""
     fast, slow = (make_trainer(lab, tmp_path, stage, path=path, lr=1e-3) for path in ("packed", "simple"))
     assert (fast.path, slow.path) == ("packed", "simple")
     for _ in range(3):
         one, other = fast.step(), slow.step()
         for name in one:
             assert_same(one[name], other[name], 1e-9)
-    assert fast.state["flops_per_token"] * fast.state["padded"] < 0.8 * slow.state["flops_per_token"] * (
-        slow.state["padded"])  # fmt: skip
+
+    def flops(trainer, path):
+        return trainer.state["flops_per_token"][path] * trainer.state["padded"][path]
+
+    assert flops(fast, "packed") < 0.8 * flops(slow, "simple")
+    assert_same(flops(fast, "simple"), flops(slow, "simple"))
 
 
 def test_policy_and_reference_are_both_packed(lab, tmp_path):
-    """Each reads every micro-batch as one row."""
+    """Each reads every micro-batch of a step as one row. (The first step also counts the FLOPs of the simple path.)"""
     trainer, seen = make_trainer(lab, tmp_path), {}
+    trainer.step()
     for name, model in (("policy", trainer.model), ("reference", trainer.reference)):
         model.transformer.wte.register_forward_hook(
             lambda _, inputs, output, name=name: seen.setdefault(name, set()).add(len(inputs[0])))  # fmt: skip
@@ -430,8 +435,9 @@ def test_the_simple_path_can_be_asked_for_and_needs_no_word(lab, tmp_path, capsy
 def test_tokens_as_the_model_sees_them(lab, tmp_path):
     """Prompts of 1 and 9, chosen 1 and 5, rejected 8 and 2 (EOS counted). Simple: four rows of 14; packed: 26."""
     batch = collate(ROWS[:2])
-    assert make_trainer(lab, tmp_path, path="simple").padded(batch) == 4 * 14
-    assert make_trainer(lab, tmp_path, path="packed").padded(batch) == 1 + 9 + 1 + 5 + 8 + 2
+    trainer = make_trainer(lab, tmp_path)
+    assert trainer.padded(batch, "simple") == 4 * 14
+    assert trainer.padded(batch, "packed") == 1 + 9 + 1 + 5 + 8 + 2
 
 
 # --- the cached reference
