@@ -15,8 +15,9 @@ from huggingface_hub import HfFileSystem, constants, set_client_factory
 from test_readers import alpaca, comparison, shp, trl, ultra
 
 from common import hub
-from common.data import load_demonstrations, load_pairs
+from common.data import load_demonstrations, load_lab_data, load_pairs
 from common.hub import KNOWN, hub_source
+from common.profiles import get_profile
 from common.readers import DataError
 
 
@@ -110,7 +111,8 @@ def test_hh_rlhf_is_all_four_subsets_without_the_red_team(fake):
     known = KNOWN["Anthropic/hh-rlhf"]
     assert len(train) == 20 and {prompt.split()[1] for prompt in train["prompt"]} == set(known.subsets)
     assert report.source == "Anthropic/hh-rlhf (split train, revision 09be8c5bbc57)"
-    assert fake.log and all(known.revision in line for line in fake.log if "/datasets/Anthropic" in line)
+    asked = [line for line in fake.log if " /datasets/Anthropic" in line or " /api/datasets/Anthropic" in line]
+    assert asked and all(known.revision in line for line in asked)
 
 
 @pytest.mark.parametrize("subset", KNOWN["Anthropic/hh-rlhf"].subsets)
@@ -348,3 +350,22 @@ def test_an_interrupted_download_goes_on_when_it_is_run_again(fake):
         load_pairs("owner/plain")
     fake.fault = lambda request: None
     assert len(load_pairs("owner/plain")[0]) == 60
+
+
+# --- in a lab
+
+
+def test_a_lab_on_a_hub_dataset_without_a_test_split(fake, monkeypatch):
+    monkeypatch.setenv("LAB_DATA", "owner/plain")
+    profile = get_profile("smoke")
+    data = load_lab_data(profile)
+    assert profile.run_name == "smoke@plain" and data.name == "plain" and data.world is None
+    assert len(data.test) > 0 and not set(data.train["prompt"]) & set(data.test["prompt"])
+    assert "owner/plain (split train" in str(data.reports["test"])
+
+
+def test_subsets_have_run_folders_of_their_own(monkeypatch):
+    for name, folder in (("stanfordnlp/SHP", "SHP"), ("stanfordnlp/SHP:askbaking", "SHP-askbaking"), ("a/b@v1", "b-v1"),
+                         ("a/b:c@refs/convert/parquet", "b-c-refs-convert-parquet")):  # fmt: skip
+        monkeypatch.setenv("LAB_DATA", name)
+        assert get_profile("smoke").run_name == f"smoke@{folder}"
