@@ -275,7 +275,9 @@ def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
             reports["demonstrations"] = sft_report
         texts = [row["prompt"] + row["chosen"] for row in train]
         prompts = list(dict.fromkeys(test["prompt"]))
+    hub = None if world or Path(profile.data).exists() else hub_source(profile.data)
+    name = WORLD if world else str(hub).split("/")[1] if hub else Path(profile.data).name
     return LabData(
-        name=WORLD if world else Path(profile.data).name, texts=texts, demonstrations=demonstrations, train=train,
+        name=name, texts=texts, demonstrations=demonstrations, train=train,
         test=test, prompts=prompts, reports=reports, world=world,
     )  # fmt: skip

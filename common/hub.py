@@ -20,7 +20,7 @@ from pathlib import Path
 import datasets.config
 import httpx2
 import pyarrow
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset, load_dataset
 from datasets.exceptions import (
     ChecksumVerificationError,
     DataFilesNotFoundError,
@@ -28,6 +28,7 @@ from datasets.exceptions import (
     DatasetNotFoundError,
     SplitsVerificationError,
 )
+from datasets.table import CastError
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -118,6 +119,14 @@ def _says(pattern: str) -> Callable[[list, str], bool]:
     return lambda errors, text: re.search(pattern, text) is not None
 
 
+def _status(low: int, high: int) -> Callable[[list, str], bool]:
+    def is_it(errors: list, text: str) -> bool:
+        codes = [getattr(getattr(error, "response", None), "status_code", 0) for error in errors]
+        return any(low <= code <= high for code in codes)
+
+    return is_it
+
+
 def _disk_is_full(errors: list, text: str) -> bool:
     return any(getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) for error in errors) or bool(
         re.search("No space left|Not enough (free )?disk space", text)
@@ -132,6 +141,9 @@ _is_cut = _among(
 # Is it this? (asked with the error and its causes, and with their text) → what happened, and what to do.
 FAILURES: tuple[tuple[Callable[[list, str], bool], str], ...] = (
     (_disk_is_full, "the disk is full. Free some space, or set HF_HOME to a folder on a larger disk, and run again."),
+    (_status(429, 429),
+     "the hub takes no more requests for now. Wait some minutes, or log in with `hf auth login`, and run again."),
+    (_status(500, 599), "the hub answers with an error of its own. Try again later."),
     (lambda *e: _among(GatedRepoError)(*e) or _says("gated dataset")(*e),
      "it is gated. Accept its terms on its page on the hub, log in with `hf auth login`, and run again."),
     (lambda *e: _among(RevisionNotFoundError)(*e) or _says("Revision '.*' doesn't exist")(*e),
@@ -141,20 +153,20 @@ FAILURES: tuple[tuple[Callable[[list, str], bool], str], ...] = (
      "makes: LAB_DATA=owner/name:configuration@refs/convert/parquet, or download its rows as a file."),
     (_says("Config name is missing|BuilderConfig '.*' not found"),
      "it has several configurations. Name one of them: LAB_DATA=owner/name:configuration."),
-    (_among(DatasetGenerationCastError),
+    (_among(DatasetGenerationCastError, CastError),
      "its files have different columns. Name one configuration: LAB_DATA=owner/name:configuration."),
     (lambda *e: _says("doesn't contain any data files")(*e)
      or _among(DataFilesNotFoundError, EntryNotFoundError)(*e) and not _is_offline(*e),
      "there is no data file at this place. Check the subset and the revision on its page on the hub."),
     (_among(RepositoryNotFoundError, DatasetNotFoundError),
      "there is none of this name, or it is private. Check the spelling, or log in with `hf auth login`."),
-    (lambda errors, text: any(getattr(getattr(one, "response", None), "status_code", 0) == 429 for one in errors),
-     "the hub takes no more requests for now. Wait some minutes, or log in with `hf auth login`, and run again."),
-    (_among(HfHubHTTPError), "the hub answers with an error. Try again later."),
+    (_among(HfHubHTTPError), "the hub refuses. Check that you may read it: log in with `hf auth login`."),
     (lambda *e: _says("Server Disconnected|Consistency check failed|magic bytes|truncated")(*e)
      or _among(ConnectionResetError)(*e) or _is_cut(*e) and not _is_offline(*e),
-     "the download was interrupted. Run again, and it goes on where it stopped; if it fails in the same place, remove "
-     "what is broken with `hf cache rm`."),
+     "the download was interrupted. Run again, and it goes on where it stopped."),
+    (_among(pyarrow.ArrowInvalid, json.JSONDecodeError),
+     "a file is cut off or damaged; the download may have been interrupted. Run again; if it fails in the same place, "
+     "remove the copy with `hf cache rm`, or report it on its page on the hub."),
     (lambda *e: _is_offline(*e) and constants.HF_HUB_OFFLINE,
      "HF_HUB_OFFLINE is set, and there is no copy on this machine. Unset it and connect once."),
     (_is_offline, "the hub cannot be reached. Connect once: later runs read the copy that is kept."),
@@ -164,15 +176,16 @@ FAILURES: tuple[tuple[Callable[[list, str], bool], str], ...] = (
 def hub_failure(source: HubSource, error: Exception) -> DataError:
     """Any failure of the hub or its libraries, in words that say what happened and what to do."""
     errors: list[BaseException] = [error]
-    while cause := errors[-1].__cause__ or errors[-1].__context__:
+    while (cause := errors[-1].__cause__ or errors[-1].__context__) and cause not in errors:
         errors.append(cause)
     text = "\n".join(str(one) for one in errors)
     advice = next((advice for is_it, advice in FAILURES if is_it(errors, text)), "its rows cannot be read.")
-    first = (str(error).strip().splitlines() or ["no message"])[0][:300]
+    said = errors[-1] if "Couldn't find any data file at" in str(error) else error  # that one hides the others
+    first = (str(said).strip().splitlines() or ["no message"])[0][:300]
     return DataError(
         f"Could not load the dataset {str(source)!r} from the hub: {advice} To go on offline, point LAB_DATA to a "
         "local file, or use LAB_PROFILE=cpu, which needs no download. "
-        f"(Revision {source.revision}. {type(error).__name__}: {first})"
+        f"(Revision {source.revision}. {type(said).__name__}: {first})"
     )
 
 
@@ -242,24 +255,32 @@ def at_commit(source: HubSource) -> HubSource:
     return replace(source, revision=commit) if commit else source
 
 
+def _code() -> list[str]:
+    """The code that decides what a cleaned row is."""
+    return [Path(__file__).with_name(f"{name}.py").read_text(encoding="utf-8") for name in ("readers", "hub", "data")]
+
+
 def kept(parts: tuple, build: Callable[[], tuple[Dataset, dict]]) -> tuple[Dataset, dict]:
     """A cleaned split with its report from an earlier run, if `parts` and our code are the same; else built and kept.
 
     A disk without room for it is a warning: the rows themselves are there.
     """
-    code = [(Path(__file__).parent / f"{name}.py").read_text(encoding="utf-8") for name in ("readers", "hub", "data")]
-    folder = cache_folder() / _key(parts, code)
+    folder = cache_folder() / _key(parts, _code())
     try:
-        return load_from_disk(str(folder)), json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        return Dataset.from_file(str(folder / "rows.arrow")), report
     except (OSError, ValueError, pyarrow.ArrowException):  # not there, or broken
         shutil.rmtree(folder, ignore_errors=True)
     rows, report = build()
     try:
         cache_folder().mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
-            rows.save_to_disk(f"{scratch}/rows")
-            Path(scratch, "rows", "report.json").write_text(json.dumps(report), encoding="utf-8")
-            os.replace(f"{scratch}/rows", folder)
+            whole = Path(scratch, "whole")
+            whole.mkdir()
+            with pyarrow.ipc.new_stream(str(whole / "rows.arrow"), rows.data.schema) as file:
+                file.write_table(rows.data.table)
+            (whole / "report.json").write_text(json.dumps(report), encoding="utf-8")
+            os.replace(whole, folder)
     except OSError as error:  # full, read-only, or another process was first
         if not folder.exists():
             warnings.warn(f"The cleaned rows are not kept for the next time ({error}).", stacklevel=2)

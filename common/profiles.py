@@ -194,6 +194,7 @@ def _local(source: str | None) -> str | None:
 
 
 def _slug(source: str) -> str:
-    """A folder name from a hub id or a path: its last part without file endings."""
-    last = Path(source.rstrip("/")).name
+    """A folder name from a hub id (`owner/name:subset@revision`) or a path: its last part without file endings."""
+    marked = re.fullmatch(r"[\w.-]+/([\w.-]+[:@].+)", source)
+    last = marked[1] if marked else Path(source.rstrip("/")).name
     return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last)) or "custom"
