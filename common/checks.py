@@ -404,3 +404,50 @@ def _orpo_from_logits(fn):
     other[-1] = torch.arange(5.0)
     yield "the last row of logits predicts nothing: other values there change nothing", same(
         fn((other, sides[0][1]), sides[1], 3, 0.4), by_hand(0.4, True))  # fmt: skip
+
+
+# Lab 1.8, notebook 03
+
+
+@exercise("interval_over_seeds")
+def _interval_over_seeds(fn):
+    low, high = fn([0.6, 0.7, 0.8])
+    yield "three seeds: the mean is in the middle", abs(low + high - 1.4) < 1e-12
+    yield "its half-width is 4.303 · 0.1 / sqrt(3): 2 degrees of freedom, not 3", abs((high - low) / 2 - 0.24841) < 1e-4
+    low, high = fn([0.5, 0.6])
+    yield "two seeds tell little: 0.55 ± 0.635", abs(low + 0.0853) < 1e-3 and abs(high - 1.1853) < 1e-3
+    low, high = fn([0.55, 0.59, 0.61, 0.57, 0.63, 0.65])
+    yield "six seeds tell more", abs(low - 0.560739) < 1e-5 and abs(high - 0.639261) < 1e-5
+    low, high = fn([0.75, 0.75, 0.75])
+    yield "seeds that agree have no spread", abs(low - 0.75) < 1e-12 and abs(high - 0.75) < 1e-12
+    yield "one seed says nothing of another: None", fn([0.7]) is None
+
+
+@exercise("cost_ratio")
+def _cost_ratio(fn):
+    def same(value, expected):
+        return abs(value - expected) < 1e-12
+
+    yield "one epoch each: 6 passes over 3 + 8", same(fn(1, 1, 1), 6 / 11)
+    yield "two epochs each: the same", same(fn(2, 2, 2), 6 / 11)
+    yield "ORPO for three epochs, SFT for three, DPO for one: 18 over 9 + 8", same(fn(3, 1, 3), 18 / 17)
+    yield "three epochs of DPO: 6 over 3 + 24", same(fn(1, 3, 1), 6 / 27)
+    yield "with one epoch, caching costs what it saves", same(fn(1, 1, 1, cached=True), 6 / 11)
+    yield "cached, three epochs of DPO: 6 over 3 + 18 + 2", same(fn(1, 3, 1, cached=True), 6 / 23)
+    yield "LoRA: 4 over 2 + 6", same(fn(1, 1, 1, lora=True), 0.5)
+    yield "LoRA and cached, two epochs of all: 8 over 4 + 8 + 2", same(fn(2, 2, 2, cached=True, lora=True), 8 / 14)
+
+
+@exercise("worth_contrast")
+def _worth_contrast(fn):
+    places = [0.0, 0.1, 0.3, 0.5]
+    lost, won, open_ = [0.44, 0.45, 0.46], [0.57, 0.58, 0.59], [0.40, 0.52, 0.60]
+    yield "clear at both ends, open between", tuple(fn(places, [lost, open_, won, won])) == (0.0, 0.3)
+    yield "no gap", tuple(fn(places, [lost, lost, won, won])) == (0.1, 0.3)
+    yield "it always pays", tuple(fn(places, [won] * 4)) == (None, 0.0)
+    yield "it always costs", tuple(fn(places, [lost] * 4)) == (0.5, None)
+    yield "nothing is decided", tuple(fn(places, [open_] * 4)) == (None, None)
+    yield "a clear rate in the middle is not 'from there on'", tuple(fn(places, [lost, won, open_, won])) == (0.0, 0.5)
+    yield "a mean above one half does not suffice: the interval decides", tuple(
+        fn(places, [lost, lost, [0.49, 0.55, 0.61], won])) == (0.1, 0.5)  # fmt: skip
+    yield "one seed decides nothing", tuple(fn(places, [[0.4], [0.45], [0.6], [0.7]])) == (None, None)
