@@ -404,3 +404,55 @@ def _orpo_from_logits(fn):
     other[-1] = torch.arange(5.0)
     yield "the last row of logits predicts nothing: other values there change nothing", same(
         fn((other, sides[0][1]), sides[1], 3, 0.4), by_hand(0.4, True))  # fmt: skip
+
+
+# Lab 1.8, notebook 04
+
+
+@exercise("cache_bytes")
+def _cache_bytes(fn):
+    yield "keys and values: 1 layer, 1 head of width 1, 1 token, 1 byte each are 2 bytes", fn(1, 1, 1, 1, 1, 1) == 2
+    yield "GPT-2 (12 layers, 12 heads of 64), 1,024 tokens in 2 bytes: 36 MiB", fn(12, 12, 64, 1024, 1, 2) == 36 * 2**20
+    yield "8 rows need 8 times as much", fn(2, 4, 16, 100, 8, 4) == 8 * fn(2, 4, 16, 100, 1, 4)
+    yield "grouped-query attention: Mistral 7B keeps 8 heads of 128 in 32 layers, 4 GiB at 32,768 tokens", (
+        fn(32, 8, 128, 32768, 1, 2) == 4 * 2**30
+    )
+
+
+@exercise("round_in_blocks")
+def _round_in_blocks(fn):
+    weights = torch.tensor([[1.0, -2.0, 0.5, 4.0], [100.0, 30.0, 0.0, 0.0]])
+    result = fn(weights, 3, 2)
+    yield "the shape stays", result.shape == weights.shape
+    # 3 bits: levels -3 … 3. Blocks of 2: steps 2/3, 4/3, 100/3; a block of zeros.
+    expected = torch.tensor([[4 / 3, -2.0, 0.0, 4.0], [100.0, 100 / 3, 0.0, 0.0]])
+    yield "3 bits, blocks of 2: each block has its own step", torch.allclose(result, expected, atol=1e-5)
+    yield "a block of zeros stays zeros, not NaN", bool((result[1, 2:] == 0).all())
+    yield "the largest of each block is kept exactly", bool((result[0, 1] == -2) & (result[0, 3] == 4))
+    again = fn(result, 3, 2)
+    yield "what is rounded already does not change again", torch.allclose(again, result, atol=1e-5)
+    noise = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    worst = (fn(noise, 8, 64) - noise).abs().amax(1)
+    half_steps = noise.abs().amax(1) / 127 / 2
+    yield "8 bits: no weight moves by more than half a step", bool((worst <= half_steps + 1e-7).all())
+
+
+@exercise("peeking_coin")
+def _peeking_coin(fn):
+    from itertools import product
+    from math import comb
+
+    def counted(flips, looks):
+        hits = 0
+        for outcome in product((0, 1), repeat=flips * looks):
+            heads = [sum(outcome[: flips * look]) for look in range(1, looks + 1)]
+            z = [abs(2 * h - flips * k) / (flips * k) ** 0.5 for k, h in enumerate(heads, 1)]
+            hits += any(value > 1.96 for value in z)
+        return hits / 2 ** (flips * looks)
+
+    tails = sum(comb(100, h) for h in range(101) if abs(2 * h - 100) / 10 > 1.96) / 2**100
+    yield "one look after 100 flips: the two tails of the binomial", abs(fn(100, 1) - tails) < 1e-12
+    yield "a look after each of 12 flips: all 4,096 outcomes counted", abs(fn(1, 12) - counted(1, 12)) < 1e-12
+    yield "a look after every 4 of 16", abs(fn(4, 4) - counted(4, 4)) < 1e-12
+    yield "more looks, more false alarms", fn(20, 10) > fn(40, 5) > fn(200, 1)
+    yield "ten looks at 200 fair flips raise a false alarm in 15 to 25 % of experiments", 0.15 < fn(20, 10) < 0.25
