@@ -109,6 +109,13 @@ def resident_megabytes(process: int) -> float | None:
     return int(status.read_text().split("VmRSS:")[1].split()[0]) * 1024 / 1e6 if status.exists() else None
 
 
+def processor_seconds(process: int) -> float:
+    """Processor time that a process has used: unlike the clock, it does not depend on what else the machine does."""
+    stat = Path(f"/proc/{process}/stat")
+    used = stat.read_text().rpartition(")")[2].split()[11:13] if stat.exists() else ("nan", "nan")
+    return sum(map(float, used)) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(folder: str, questions: list[str], concurrency: int) -> dict:
     """All measurements on one engine and one gateway."""
     with engine(folder) as direct:
@@ -116,11 +123,14 @@ def measure(folder: str, questions: list[str], concurrency: int) -> dict:
         with serving(*options) as service:
             idle = resident_megabytes(service.process.pid)
             asyncio.run(one_at_a_time(direct, service.root, questions[:20], True))  # warm-up
+            used = processor_seconds(service.process.pid)
             report = {
                 "plain": asyncio.run(one_at_a_time(direct, service.root, questions, False)),
                 "streamed": asyncio.run(one_at_a_time(direct, service.root, questions, True)),
                 "at_once": {"requests": concurrency},
             }
+            used = processor_seconds(service.process.pid) - used
+            report["processor_ms_per_request"] = 1e3 * used / (2 * len(questions))
             crowd = (questions * concurrency)[:concurrency]
             for _ in range(3):  # the last of three counts; the memory is that after all of them
                 for name, url in (("direct", direct), ("gateway", service.root)):
@@ -156,7 +166,10 @@ def main(arguments: list[str] | None = None) -> int:
             f"{options.concurrency:3d} at once {name:16s} {values['answers_per_second']:7.1f} answers/s   "
             f"p50 {values['p50_ms']:7.1f} ms   p95 {values['p95_ms']:7.1f} ms"
         )
-    print(f"resident memory of the gateway: {report['resident_megabytes']['idle']} MB idle, {memory} MB after the load")
+    print(f"processor time of the gateway: {report['processor_ms_per_request']:.2f} ms per request")
+    if memory:
+        idle = report["resident_megabytes"]["idle"]
+        print(f"resident memory of the gateway: {idle:.0f} MB idle, {memory:.0f} MB after the load")
     checks = [("added time, p50, in ms", overhead, AIM_MS), ("resident memory in MB", memory, AIM_MEGABYTES)]
     checks = [(what, value, aim) for what, value, aim in checks if value is not None]
     for what, value, aim in checks:

@@ -193,12 +193,18 @@ def next_round(lab: Lab, stage: str, pairs: list[dict], sweep: str = "round-2", 
     return train(lab, "dpo", sweep=sweep, parent=stage, reference=stage, pairs=clean, **changes)
 
 
-def gain_of(lab: Lab, model, stage: str, judge: Judge) -> tuple[WinRate, dict, dict]:
-    """(win rate of `model` against the deployed `stage`, measures of `stage`, measures of `model`)."""
+def gains(lab: Lab, stage: str, candidates: dict, judge: Judge) -> tuple[dict, dict[str, tuple[WinRate, dict]]]:
+    """Candidates against the deployed `stage`, on held-out prompts.
+
+    Returns: the measures of `stage`, and for each candidate its win rate against it and its own measures.
+    """
     reference = lab.load("sft")
     before, old = measure(lab, lab.load(stage), reference)
-    after, new = measure(lab, model, reference)
-    return head_to_head(judge, new, old), before, after
+    found = {}
+    for name, model in candidates.items():
+        after, new = measure(lab, model, reference)
+        found[name] = head_to_head(judge, new, old), after
+    return before, found
 
 
 def round_in_process(lab: Lab, stage: str, control: str, prompts: int, users: int, judge: Judge) -> dict:
@@ -210,7 +216,8 @@ def round_in_process(lab: Lab, stage: str, control: str, prompts: int, users: in
     sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users // 2, "seed": lab.seed + 1}
     groups = [generate(lab.load(name), lab.tokenizer, asked, **sizes) for name in (stage, control)]
     pairs = pairs_in_process(RulePeople(lab.data.world), [a + b for a, b in zip(*groups, strict=True)])
-    rate, before, after = gain_of(lab, next_round(lab, stage, pairs).model, stage, judge)
+    before, found = gains(lab, stage, {"round 2": next_round(lab, stage, pairs).model}, judge)
+    rate, after = found["round 2"]
     return {"rate": rate, "before": before, "after": after, "pairs": len(pairs)}
 
 

@@ -57,7 +57,7 @@ def speeds(cached: dict[int, tuple[float, float]], batches: dict[int, object]) -
 
 def latencies(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figure:
     """The share of requests that were answered within so many milliseconds, one curve to a group (values in s)."""
-    figure, ax = plt.subplots(figsize=(7, 3.4))
+    figure, ax = plt.subplots(figsize=(8.6, 3.4), layout="constrained")
     for colour, (name, seconds) in zip(PALETTE, groups.items(), strict=False):
         ordered = 1000 * np.sort(seconds)
         ax.step(ordered, np.arange(1, len(ordered) + 1) / len(ordered), where="post", color=colour, label=name)
@@ -66,7 +66,7 @@ def latencies(groups: dict[str, list[float]], xlabel: str, title: str = "") -> F
         ax.annotate(f"p{100 * share:.0f}", (1, share), xycoords=("axes fraction", "data"), xytext=(3, -3),
                     textcoords="offset points", fontsize=8)  # fmt: skip
     ax.set(xlabel=xlabel, ylabel="share of requests", title=title, ylim=(0, 1.02), xlim=0)
-    ax.legend(loc="lower right")
+    ax.legend(loc="upper left", bbox_to_anchor=(1.05, 1), frameon=False)
     return figure
 
 

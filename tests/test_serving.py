@@ -19,6 +19,7 @@ from common.serving.prompts import PromptFormat, check_folder, prompt_text
 from common.serving.start import serving
 from common.serving.worker import batching_options
 
+ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef"
 
 
@@ -139,7 +140,7 @@ def test_without_keys_no_other_address_is_bound(model, tmp_path, monkeypatch):
 def test_the_command_ends_with_one_sentence_where_it_cannot_serve(tmp_path):
     """As a process: status 2, no traceback, and what to do."""
     command = [sys.executable, "-m", "common.serving", "--port", "0", "--model", str(tmp_path / "none")]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "LAB_API_KEYS": ""}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAB_API_KEYS": ""}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, cwd=tmp_path)
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert "error: No model folder" in result.stderr and "python -m common.train dpo" in result.stderr
@@ -227,10 +228,21 @@ def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
 
 def test_the_gateway_imports_no_torch():
     """All modules but the worker, in a process of their own."""
-    modules = [path.stem for path in Path("common/serving").glob("*.py") if path.stem not in ("worker", "page")]
+    modules = [path.stem for path in (ROOT / "common/serving").glob("*.py") if path.stem not in ("worker", "page")]
     assert len(modules) > 8
     code = f"import sys, {', '.join(f'common.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
-    root = Path(__file__).parents[1]
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = set(json.loads(result.stdout.replace("'", '"')))
     assert loaded.isdisjoint({"torch", "transformers", "numpy"}) and "fastapi" in loaded
+
+
+def test_the_dockerfile_runs_the_command_that_is_tested_here(model):
+    """Its entry point is read by the real command line, and it installs what the gateway imports."""
+    text = (ROOT / "Dockerfile").read_text()
+    entry = json.loads(text.split("ENTRYPOINT ")[1].splitlines()[0])
+    assert entry[:3] == ["python", "-m", "common.serving"]
+    options = parse([*entry[3:], "--model", str(model)])
+    assert (options.host, options.port) == ("0.0.0.0", 8000) and not options.log_prompts
+    packages = text.split("'^(")[1].split(")==")[0].split("|")
+    pinned = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
+    assert {"fastapi", "uvicorn", "httpx", "prometheus-client", "openai", "torch"} <= set(packages) <= set(pinned)
