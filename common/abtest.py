@@ -83,18 +83,19 @@ def chance_of_a_winner(share_a: float, share_b: float, per_look: int, looks: int
     return np.array(found)
 
 
-def votes_by_arm(rows: list[dict]) -> dict[str, tuple[int, int]]:
+def votes_by_arm(rows: list[dict], horizon: int | None = None) -> dict[str, tuple[int, int]]:
     """{model: (users up, users who voted)} of answers that the A/B test assigned, each user's first vote only.
 
     Args: rows of `common.serving.reports.answers`, oldest first. Votes of one user are not independent, so a user
-        counts once, however much he asks.
+        counts once, however much he asks. `horizon`: the first so many users of each arm, as planned; later ones
+        would be another look.
     """
     first: dict[tuple[str, str], int] = {}
     for row in rows:
         if row["assigned"] and row["user"] and row["rating"]:
             first.setdefault((row["model"], row["user"]), row["rating"])
     models = sorted({model for model, _ in first})
-    votes = {model: [rating for (name, _), rating in first.items() if name == model] for model in models}
+    votes = {model: [rating for (name, _), rating in first.items() if name == model][:horizon] for model in models}
     return {model: (sum(rating == 1 for rating in ratings), len(ratings)) for model, ratings in votes.items()}
 
 

@@ -14,10 +14,12 @@ from math import sqrt
 from pathlib import Path
 from statistics import mean, pstdev
 
+import httpx
 from datasets import Dataset
 
 from common.data import load_pairs, tokenize_response
-from common.evaluation import Answer, WinRate, logps_of
+from common.evaluation import Answer, WinRate, generate, logps_of, measure
+from common.judges import Judge, head_to_head
 from common.runs import Lab
 from common.serving.prompts import prompt_text
 from common.serving.reports import preference_pairs
@@ -25,7 +27,6 @@ from common.serving.store import Store
 from common.toyworld import World
 from common.training import Run, train
 
-SIGNALS = ("length_tokens", "refused", "ended_with_eos", "surprise")
 GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
     "safe_on_harmful": (-1, 0.05), "over_refusal": (1, 0.05), "ended_with_eos": (-1, 0.02), "perplexity": (1, 0.5),
 }  # fmt: skip
@@ -100,6 +101,23 @@ class RulePeople:
         return int(hashlib.sha256("\0".join(parts).encode()).hexdigest()[:13], 16) / 16**13
 
 
+def send_votes(url: str, key: str, replies: list[dict], people: RulePeople, workers: int = 8) -> int:
+    """Sends the people's votes on answers of `ask` to `/v1/feedback` of the service at `url`. Returns: thumbs up.
+
+    Raises: httpx.HTTPStatusError for a vote that was not kept.
+    """
+    with httpx.Client(headers={"authorization": f"Bearer {key}"}, trust_env=False, timeout=60) as client:
+
+        def one(reply: dict) -> int:
+            rating, consent = people.vote(reply["user"], reply["prompt"], reply["text"])
+            body = {"request_id": reply["id"], "rating": "up" if rating > 0 else "down", "consent": consent}
+            client.post(f"{url}/feedback", json=body).raise_for_status()
+            return rating
+
+        with ThreadPoolExecutor(workers) as pool:
+            return sum(rating > 0 for rating in pool.map(one, replies))
+
+
 def pairs_in_process(people: RulePeople, answers: list[list[Answer]]) -> list[dict]:
     """Preference pairs from votes on answers that were generated here, through the same store as the gateway's."""
     with tempfile.TemporaryDirectory(prefix="votes-") as folder:
@@ -118,18 +136,21 @@ def pairs_in_process(people: RulePeople, answers: list[list[Answer]]) -> list[di
 # Drift.
 
 
-def signals(rows: list[dict], refused: Callable[[str, str], bool], reference, tokenizer) -> list[dict[str, float]]:
-    """Per answer: `length_tokens`, `refused`, `ended_with_eos`, and `surprise`, its NLL per token under `reference`.
+def signals(
+    rows: list[dict], refused: Callable[[str, str], bool] | None, reference, tokenizer
+) -> list[dict[str, float]]:
+    """Per answer: `length_tokens`, `ended_with_eos`, `surprise` (its NLL per token under `reference`) and `refused`.
 
-    Args: `rows` of `common.serving.reports.answers` whose texts were not forgotten; `refused(prompt, answer)`.
+    Args: `rows` of `common.serving.reports.answers` whose texts were not forgotten; `refused(prompt, answer)`: None
+        where nobody can tell, and the signal is left out.
     """
     limit = getattr(reference.config, "max_position_embeddings", None) or 10**9
     texts = [(prompt_text(row["messages"]), " " + row["answer"].strip()) for row in rows]
     parts = [tokenize_response(prompt, answer, tokenizer, limit) for prompt, answer in texts]
     scored = logps_of(reference, [{"prompt_ids": prompt, "chosen_ids": ids} for prompt, ids, _ in parts]).chosen.means
     return [
-        {"length_tokens": float(len(ids)), "refused": float(refused(prompt, answer)),
-         "ended_with_eos": float(row["finish_reason"] == "stop"), "surprise": -float(logp)}
+        {"length_tokens": float(len(ids)), "ended_with_eos": float(row["finish_reason"] == "stop"),
+         "surprise": -float(logp)} | ({"refused": float(refused(prompt, answer))} if refused else {})
         for row, (prompt, answer), (_, ids, _), logp in zip(rows, texts, parts, scored, strict=True)
     ]  # fmt: skip
 
@@ -144,7 +165,7 @@ def drift_limits(baseline: list[dict[str, float]], window: int, z: float = 3.0) 
     if len(baseline) < 2 or window < 1:
         raise ValueError("A baseline needs at least 2 answers, and a window at least 1.")
     limits, size = {}, len(baseline)
-    for name in SIGNALS:
+    for name in baseline[0]:
         values = [row[name] for row in baseline]
         # A share that never varied in the baseline may yet vary: one more answer of each kind is assumed.
         spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if set(values) <= {0.0, 1.0} else 0.0)
@@ -170,6 +191,34 @@ def next_round(lab: Lab, stage: str, pairs: list[dict], sweep: str = "round-2", 
     clean, _ = load_pairs(Dataset.from_list(pairs).to_list() if pairs else [])
     changes = {"evaluations": 1, **changes}
     return train(lab, "dpo", sweep=sweep, parent=stage, reference=stage, pairs=clean, **changes)
+
+
+def gains(lab: Lab, stage: str, candidates: dict, judge: Judge) -> tuple[dict, dict[str, tuple[WinRate, dict]]]:
+    """Candidates against the deployed `stage`, on held-out prompts.
+
+    Returns: the measures of `stage`, and for each candidate its win rate against it and its own measures.
+    """
+    reference = lab.load("sft")
+    before, old = measure(lab, lab.load(stage), reference)
+    found = {}
+    for name, model in candidates.items():
+        after, new = measure(lab, model, reference)
+        found[name] = head_to_head(judge, new, old), after
+    return before, found
+
+
+def round_in_process(lab: Lab, stage: str, control: str, prompts: int, users: int, judge: Judge) -> dict:
+    """The loop without the gateway: half of `users` per prompt ask each model, the rule votes, one more round.
+
+    Needs the embedded world and both stages. Returns: `rate` (WinRate), `before`, `after` (measures), `pairs` (count).
+    """
+    asked = user_prompts(lab.data.world, prompts)
+    sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users // 2, "seed": lab.seed + 1}
+    groups = [generate(lab.load(name), lab.tokenizer, asked, **sizes) for name in (stage, control)]
+    pairs = pairs_in_process(RulePeople(lab.data.world), [a + b for a, b in zip(*groups, strict=True)])
+    before, found = gains(lab, stage, {"round 2": next_round(lab, stage, pairs).model}, judge)
+    rate, after = found["round 2"]
+    return {"rate": rate, "before": before, "after": after, "pairs": len(pairs)}
 
 
 @dataclass(frozen=True)

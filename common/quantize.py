@@ -230,18 +230,18 @@ def measure_variants(lab: Lab, variants: list[Variant], judge: Judge, batch: int
         `same_greedy` (share of held-out prompts with the very same greedy answer), `win_rate` (WinRate of samples at
         temperature 1 against the first's), `tokens_per_second` and `latency_p50` (s) of a batch of `batch` rows.
     """
-    report, greedy, sampled = {}, {}, {}
+    report, first = {}, None
     for variant in variants:
         name, model = variant.name, variant.model
-        greedy[name], sampled[name] = answers_of(lab, variant, 0.0), answers_of(lab, variant, 1.0)
-        first = variants[0].name
-        same = [a[0].chosen_ids == b[0].chosen_ids for a, b in zip(greedy[name], greedy[first], strict=True)]
+        greedy, sampled = answers_of(lab, variant, 0.0), answers_of(lab, variant, 1.0)
+        first = first or (greedy, sampled)
+        same = [a[0].chosen_ids == b[0].chosen_ids for a, b in zip(greedy, first[0], strict=True)]
         timed = speed(model, lab.tokenizer, lab.prompts, new_tokens, batch, variant.use_cache, runs=3)
         report[name] = {
             "disk_bytes": variant.disk_bytes, "weight_bytes": variant.weight_bytes,
             "rounded_share": variant.rounded_share,
             "perplexity": perplexity(logps_of(model, lab.test_pairs, batch_size=lab.profile.eval_batch).chosen),
-            "same_greedy": sum(same) / len(same), "win_rate": head_to_head(judge, sampled[name], sampled[first]),
+            "same_greedy": sum(same) / len(same), "win_rate": head_to_head(judge, sampled, first[1]),
             "tokens_per_second": timed.tokens_per_second, "latency_p50": timed.latency_p50,
         }  # fmt: skip
     return report
