@@ -13,13 +13,12 @@ import platform
 import sys
 from pathlib import Path
 
-from common.comparison import STAGES, Arm, over_seeds, run_arms
+from common.comparison import DEFAULT, Arm, over_seeds, run_arms
 from common.runs import open_lab, versions, write_json
 from tools.results_table import quality_markdown
 
 RESULTS = Path(__file__).parent / "results" / "quality.json"
 SEEDS = {"cpu": (101, 102, 103), "smoke": (101,)}
-DEFAULT = Arm("default", STAGES)
 GOLD = Arm("gold", ("sft", "orpo_lambda0", "orpo"), (("flaw_rate", 0.0),))
 ARMS = {"cpu": (DEFAULT, GOLD), "smoke": (DEFAULT,)}
 
