@@ -88,7 +88,8 @@ def mark_notebook(path: Path, line: str) -> None:
 
 def update_readmes() -> None:
     """The READMEs of the course and of Lab 1.8, from the result files."""
-    times, scores, comparison = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, QUALITY, COMPARISON))
+    files = (RESULTS, QUALITY, COMPARISON)
+    times, scores, comparison = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     for name, words in WORDS.items():
         path = ROOT / name
         text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
