@@ -1,8 +1,8 @@
 """Writes what was measured into the READMEs and the notebooks' first cells: `python tools/readme_table.py`.
 
-A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it: the
-times and the comparison of methods are from notebooks.json and comparison.json in benchmarks/results, which `python
-tools/run_labs.py --fresh --record` writes, and the quality from quality.json, which `python -m benchmarks.quality` writes.
+A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it.
+What it shows is in benchmarks/results: notebooks.json (times) and comparison.json (methods side by side), written by
+`python tools/run_labs.py --fresh --record`, and quality.json, written by `python -m benchmarks.quality`.
 """
 
 import json
