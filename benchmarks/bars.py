@@ -1,9 +1,15 @@
 """The bars of the benchmarks: what must hold, beside what was measured."""
 
+from math import isnan
 from statistics import median
 
 HOLDS = {">=": float.__ge__, "<=": float.__le__}
 OURS = ("simple", "packed", "packed_cached")
+
+
+def worst(values) -> float:
+    """The largest, or NaN if one of them is: `max` would pass it over."""
+    return max(values, key=lambda value: (isnan(value), value))
 
 
 def judged(bars: list[tuple]) -> list[dict]:
@@ -45,7 +51,7 @@ def step_bars(results: dict) -> list[dict]:
     dpo, orpo, gpt2_dpo, gpt2_orpo = (size["methods"][m] for size in (small, gpt2) for m in ("dpo", "orpo"))
     ours = [part["variants"][name]["errors"] for part in (gpt2_dpo, gpt2_orpo) for name in OURS
             if name in part["variants"]]  # fmt: skip
-    exact = max(errors["float64"][what] for errors in ours for what in ("loss", "gradient"))
+    exact = worst(errors["float64"][what] for errors in ours for what in ("loss", "gradient"))
     return judged([
         ("small, DPO: packed, times as fast as TRL", speed_up(dpo, "packed", "trl", clock), ">=", 4.5),
         ("small, DPO: packed, times as fast as TRL compact", speed_up(dpo, "packed", "trl_compact", clock), ">=", 2.2),
@@ -60,6 +66,6 @@ def step_bars(results: dict) -> list[dict]:
         ("GPT-2, DPO: packed, share of the matmul peak", share_of_matmul(gpt2_dpo, "packed", clock), ">=", 0.65),
         ("GPT-2, ORPO: packed, share of the matmul peak", share_of_matmul(gpt2_orpo, "packed", clock), ">=", 0.65),
         ("GPT-2, ours in float64: largest error of loss and gradient", exact, "<=", 1e-12),
-        ("GPT-2, LoRA in float64, adapter off as reference: error", max(gpt2["lora_errors"].values()), "<=", 1e-12),
-        ("GPT-2, ours in float32: error of the gradient", max(e["float32"]["gradient"] for e in ours), "<=", 2e-6),
+        ("GPT-2, LoRA in float64, adapter off as reference: error", worst(gpt2["lora_errors"].values()), "<=", 1e-12),
+        ("GPT-2, ours in float32: error of the gradient", worst(e["float32"]["gradient"] for e in ours), "<=", 2e-6),
     ])  # fmt: skip

@@ -1,7 +1,6 @@
 """What a step takes: time, floating-point operations, peak memory, and the machine's matmul speed to compare with."""
 
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -103,10 +102,17 @@ class Peak:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
-def memory_of(task: dict) -> dict:
-    """Peak memory of a variant's steps, in this process. `task`: size, lengths, device, method, name, repeats.
+def padded_tokens(batch: list[dict]) -> int:
+    """Tokens of a batch with two padded rows per pair."""
+    return 2 * len(batch) * max(len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+                                for row in batch)  # fmt: skip
 
-    The gradients are allocated in the step; `growth` is the peak over weights, reference, gradients and optimiser.
+
+def memory_of(task: dict) -> dict:
+    """Peak memory of a variant's step on its largest batch, in this process.
+
+    Args: `task`: size, lengths, device, method, name of the variant, repeats. The gradients
+        are allocated in the step; `growth_bytes` is the peak over weights, reference, gradients and optimiser.
     """
     import trl  # noqa: F401 - loaded for every variant, so that none is charged for it alone
 
@@ -114,8 +120,9 @@ def memory_of(task: dict) -> dict:
     bench, rows = new_bench(size, task["device"]), random_rows(task["lengths"], size["vocabulary"])
     if variant.cached:
         rows = with_reference_columns(bench, rows)
-    batches, optimizer = variant.batches(rows, size["batch"]), new_optimizer(bench.policy)
-    take_steps(bench, method, variant, batches[:1], optimizer)  # makes the optimiser's state, and TRL's trainer
+    batch = max(variant.batches(rows, size["batch"]), key=padded_tokens)
+    optimizer = new_optimizer(bench.policy)
+    take_steps(bench, method, variant, [batch[:1]], optimizer)  # makes the optimiser's state, and TRL's trainer
     if method == "orpo" or variant.cached:
         bench.reference = None
         for trainer in bench.trainers.values():
@@ -123,7 +130,7 @@ def memory_of(task: dict) -> dict:
     found = {"peak_bytes": [], "growth_bytes": [], "gradient_bytes": bytes_of(optimizer.param_groups[0]["params"])}
     for _ in range(task["repeats"]):
         with Peak(task["device"]) as memory:
-            take_steps(bench, method, variant, batches, optimizer)
+            take_steps(bench, method, variant, [batch], optimizer)
         found["peak_bytes"].append(memory.peak)
         found["growth_bytes"].append(memory.peak - memory.held - found["gradient_bytes"])
     return found | {"held_bytes": memory.held}
@@ -138,10 +145,6 @@ def memory_in_own_process(task: dict) -> dict:
         words = done.stderr.strip().splitlines()[-1:] or ["it said nothing: perhaps memory ran out"]
         raise RuntimeError(f"Measuring the memory of {task['method']} {task['name']} failed: {words[0]}")
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def median(values: list[float]) -> float:
-    return statistics.median(values)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ benchmarks/results/step.json and step.md and ends with the table, with status 1 
 
 import argparse
 import json
+import os
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -34,7 +37,7 @@ RESULTS = Path(__file__).parent / "results" / "step.json"
 DONE = Path(__file__).parents[1] / "runs" / "bench"  # parts that are done, for --resume
 SIZES = {
     "small": {"name": "6 layers of width 384", "layers": 6, "width": 384, "heads": 6, "vocabulary": 50257,
-              "batch": 4, "pairs": 16},
+              "batch": 4, "pairs": 8},
     "gpt2": {"name": "GPT-2 124M", "layers": 12, "width": 768, "heads": 12, "vocabulary": 50257,
              "batch": 2, "pairs": 4},
 }  # fmt: skip
@@ -58,27 +61,39 @@ def measure_part(size: dict, method: str, names: list[str], lengths: list, repet
     lengths, bench = spread(lengths, size["pairs"]), new_bench(size, device)
     rows = with_reference_columns(bench.to(torch.float64), random_rows(lengths, size["vocabulary"]))
     say(f"{method}, {size['name']}: errors of {len(names)} variants in float64 and float32")
+    torch.set_num_threads(os.cpu_count())
     errors = errors_of_all(bench, method, names, rows, size["batch"])
+    torch.set_num_threads(1)
     found = time_all(bench, method, names, rows, size["batch"], repetitions, say)
     del bench
     for name in names:
         found["variants"][name] |= {"label": VARIANTS[name].label, "errors": errors[name]}
-        if (device == "cuda" or sys.platform == "linux") and (name in NEEDED or size["name"] != QUICK["name"]):
-            task = {"size": size, "lengths": lengths, "device": device, "method": method, "name": name, "repeats": 3}
-            memory = memory_in_own_process(task)
-            found["variants"][name]["memory"] = memory
+    return found | {"lengths": lengths}
+
+
+def measure_memory(part: dict, size: dict, method: str, device: str) -> dict:
+    """{variant: what `memory_of` gives}, each in a process of its own, two at a time on a CPU with two cores."""
+    names = [name for name in part["variants"] if name in NEEDED or size["name"] != QUICK["name"]]
+    if device == "cpu" and sys.platform != "linux":
+        return {}
+    tasks = [{"size": size, "lengths": part["lengths"], "device": device, "method": method, "name": name, "repeats": 3}
+             for name in names]  # fmt: skip
+    found = {}
+    with ThreadPoolExecutor(1 if device == "cuda" else min(2, os.cpu_count())) as pool:
+        for name, memory in zip(names, pool.map(memory_in_own_process, tasks), strict=True):
             peak, growth = (max(memory[f"{what}_bytes"]) / 1e9 for what in ("peak", "growth"))
             say(f"{method}, {size['name']}, {name}: peak {peak:.2f} GB, growth {growth:.2f} GB")
+            found[name] = memory
     return found
 
 
-def resumable(name: str, resume: bool, measure) -> dict:
+def resumable(name: str, resume: bool, measure: Callable, *arguments) -> dict:
     """What `measure` gives, kept in a file. With `resume`, read from the file where it is there."""
     file = DONE / f"{name}.json"
     if resume and file.exists():
         say(f"{name}: read, measured before")
         return json.loads(file.read_text(encoding="utf-8"))
-    found = measure()
+    found = measure(*arguments)
     write_json(file, found)
     return found
 
@@ -110,9 +125,13 @@ def run(options: argparse.Namespace) -> dict:
         for method in ("dpo", "orpo"):
             names = [name for name in COMPARED[size_name, method] if name != "authors" or has_authors]
             arguments = size, method, names, lengths, options.repetitions, options.device
-            found["methods"][method] = resumable(
-                f"{size_name}-{method}", options.resume, lambda arguments=arguments: measure_part(*arguments)
+            part = resumable(f"{size_name}-{method}", options.resume, measure_part, *arguments)
+            memory = resumable(
+                f"{size_name}-{method}-memory", options.resume, measure_memory, part, size, method, options.device
             )
+            for name, each in memory.items():
+                part["variants"][name]["memory"] = each
+            found["methods"][method] = part
     rows = random_rows(spread(lengths, size["pairs"]), size["vocabulary"])[: size["batch"]]
     results["sizes"]["gpt2"]["lora_errors"] = lora_errors(size, rows)
     say(f"LoRA in float64: {results['sizes']['gpt2']['lora_errors']}")

@@ -32,8 +32,6 @@ LENGTHS = Path(__file__).parent / "hh_lengths.json"
 SAMPLE = "hh-rlhf/harmless-base-sample.jsonl.gz"  # looked for in ../shared/data, or where HH_SAMPLE says
 
 
-# The pairs
-
 def sample_file() -> Path | None:
     """A sample of real HH-RLHF rows on this machine, if there is one."""
     path = Path(os.environ.get("HH_SAMPLE") or Path(__file__).resolve().parents[2] / "shared" / "data" / SAMPLE)
@@ -77,8 +75,6 @@ def random_rows(lengths: list[list[int]], vocabulary: int) -> list[dict]:
         for row in lengths
     ]  # fmt: skip
 
-
-# The models
 
 def new_model(size: dict, seed: int, device: str = "cpu") -> GPT2LMHeadModel:
     """A GPT-2 with random weights, without dropout."""
@@ -129,6 +125,7 @@ def with_reference_columns(bench: Bench, rows: list[dict]) -> list[dict]:
 
 
 # Each of these returns the loss of one batch of rows, a scalar to call `backward` on.
+
 
 def ours(path: str, cached: bool = False) -> Callable:
     def loss(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
@@ -256,7 +253,11 @@ def authors_trainer():
 
 
 def authors(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
-    """The authors' own loss. It is rounded to bfloat16 before the backward pass."""
+    """The authors' own loss, which they round to bfloat16.
+
+    They score one token past the end of an answer. Their attention masks therefore end one token early here, which
+    no scored token sees.
+    """
     cls, loss_of = authors_trainer(), torch.nn.CrossEntropyLoss(reduction="none")
     stub = types.SimpleNamespace(
         pad=PAD, alpha=LAMBDA, disable_prompt_loss=False, label_smoother=None, loss_fct=loss_of
@@ -268,7 +269,8 @@ def authors(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
     for name, side in (("positive", "chosen"), ("negative", "rejected")):
         ids, mask, _ = padded(rows, side, bench.device)
         room = (0, wide - ids.shape[1])
-        batch |= {f"{name}_input_ids": F.pad(ids, room, value=PAD), f"{name}_attention_mask": F.pad(mask, room)}
+        shorter = F.pad(mask[:, 1:], (0, room[1] + 1))
+        batch |= {f"{name}_input_ids": F.pad(ids, room, value=PAD), f"{name}_attention_mask": shorter}
     sys.modules["src.orpo_trainer"].wandb.log = lambda *_: None
     return cls.compute_loss(stub, bench.policy, batch)
 
