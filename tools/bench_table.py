@@ -87,8 +87,21 @@ def step_markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def scaling_markdown(results: dict) -> str:
+    """Fitted exponents of time and memory, by variant and axis, and the bars."""
+    axes, names = results["axes"], ("textbook", "simple", "packed")
+    heads = [f"{axis} ({min(found['values'])}–{max(found['values'])})" for axis, found in axes.items()]
+    rows = [["exponent of", *heads]]
+    for what, fitted in (("time", "time_exponent"), ("memory", "memory_exponent")):
+        for name in names:
+            values = [found[name].get(fitted) for found in axes.values()]
+            rows.append([f"{what}, {name}", *("–" if value is None else f"{value:.2f}" for value in values)])
+    return "\n".join([*table(rows), "", *verdicts(results["bars"])]) + "\n"
+
+
 def main() -> int:
-    print(step_markdown(json.loads((RESULTS / "step.json").read_text(encoding="utf-8"))))
+    for name, markdown in (("step", step_markdown), ("scaling", scaling_markdown)):
+        print(markdown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))))
     return 0
 
 
