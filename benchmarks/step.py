@@ -9,6 +9,7 @@ benchmarks/results/step.json and step.md and ends with the table, with status 1 
 import argparse
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from tools.bench_table import step_markdown
 from tools.machine import describe_machine
 
 RESULTS = Path(__file__).parent / "results" / "step.json"
-DONE = Path(__file__).parents[1] / "runs" / "bench"  # parts that are done, for --resume
+DONE = Path(__file__).parents[1] / "runs" / "bench"  # parts of an unfinished run, for --resume
 SIZES = {
     "small": {"name": "6 layers of width 384", "layers": 6, "width": 384, "heads": 6, "vocabulary": 50257,
               "batch": 4, "pairs": 8},
@@ -143,14 +144,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="tiny models, to try the script: judges and keeps nothing")
-    parser.add_argument("--resume", action="store_true", help="go on after the last part that was finished")
+    parser.add_argument("--resume", action="store_true", help="go on where a run with the same options was stopped")
     options = parser.parse_args(arguments)
     start = time.perf_counter()
+    if not options.resume:
+        shutil.rmtree(DONE, ignore_errors=True)
     try:
         results = run(options)
     except WrongVariant as error:
         print(error, file=sys.stderr)
         return 1
+    shutil.rmtree(DONE, ignore_errors=True)
     judged = options.device == "cpu" and not options.quick
     results |= {"bars": step_bars(results), "wall_seconds": time.perf_counter() - start}
     markdown = step_markdown(results)

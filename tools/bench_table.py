@@ -30,8 +30,9 @@ def _with_optimizer(variant: dict, rival: dict, clock: str) -> str:
 def _row(part: dict, name: str, label: str, clock: str) -> list[str]:
     variant, rival = part["variants"][name], part["variants"]["trl"]
     memory, rival_memory = variant.get("memory"), rival.get("memory")
-    step = median(variant[clock]) / variant["steps"]
-    cells = [label, f"{step:.2f}", _ratios(variant, rival, clock), _with_optimizer(variant, rival, clock)]
+    steps = [median(variant[which]) / variant["steps"] for which in ("cpu", "wall")]
+    speeds = [_ratios(variant, rival, clock), _with_optimizer(variant, rival, clock)]
+    cells = [label, *(f"{step:.2f}" for step in steps), *speeds]
     for what in ("peak_bytes", "growth_bytes"):
         if not memory:
             cells.append("–")
@@ -69,14 +70,14 @@ def step_markdown(results: dict) -> str:
         f"{results['repetitions']} repetitions of interleaved variants, float32, no dropout. "
         f"Lengths of pairs: {results['lengths']}.",
         "",
-        f"A step is collating, the forward passes and the backward pass ({clock} time); “with AdamW” adds the "
-        "optimiser's, the same for all. Speed: how many times as fast as TRL, by medians (least to most over "
-        "repetitions). Peak: resident memory of the whole process; growth: the peak over weights, reference, gradients "
-        "and optimiser. Errors: of the gradient, against a naive float64 computation, all weights as one vector.",
+        "A step is collating, the forward passes and the backward pass; “with AdamW” adds the optimiser's, the same "
+        f"for all. Speed: how many times as fast as TRL in {clock} time, by medians (least to most over repetitions). "
+        "Peak: resident memory of the whole process; growth: the peak over weights, reference, gradients and "
+        "optimiser. Errors: of the gradient, against a naive float64 computation, all weights as one vector.",
     ]
     for size in results["sizes"].values():
         for method, part in size["methods"].items():
-            heads = ["", "s per step", "speed over TRL", "with AdamW", "peak", "growth", "GFLOP per step",
+            heads = ["", "CPU s per step", "wall s", "speed over TRL", "with AdamW", "peak", "growth", "GFLOP per step",
                      "of matmul peak", "error, float64", "error, float32"]  # fmt: skip
             rows = [_row(part, name, variant["label"], clock) for name, variant in part["variants"].items()]
             title = f"**{METHODS[method]}, {size['name']}**, vocabulary {size['vocabulary']}, batch {size['batch']}"
