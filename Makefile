@@ -8,7 +8,7 @@ PIP := $(PY) -m pip install -qq --disable-pip-version-check
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env labs test notebooks quality clean
+.PHONY: help env labs test notebooks quality bench clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -30,6 +30,10 @@ notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep t
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
 	@$(PY) -m benchmarks.quality
 	@$(PY) tools/readme_table.py
+
+bench: $(STAMP) ## the training step against TRL's, and how it grows: tables, a figure and bars (about 25 minutes)
+	@$(PY) -m benchmarks.scaling; scaling=$$?; $(PY) -m benchmarks.step; step=$$?; \
+	  $(PY) tools/readme_table.py > /dev/null && exit $$((scaling | step))
 
 clean: ## remove caches and build outputs (keeps .venv and runs)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache

@@ -98,14 +98,14 @@ class PeakMemory:
             self.thread.join()
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Returns freed memory to the system, as far as the C library can: building the model must not be counted."""
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _bytes(tensors) -> int:
+def bytes_of(tensors) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -152,7 +152,7 @@ def measure_method(method: str, lora: bool, pairs: int, length: int, layers: int
     if method == "dpo_cached":
         with torch.no_grad():
             cached = response_logps(model, batch)
-    _give_back()
+    give_back()
     with PeakMemory() as memory:
         for _ in range(steps):
             start, known = time.perf_counter(), cached
@@ -167,12 +167,12 @@ def measure_method(method: str, lora: bool, pairs: int, length: int, layers: int
             loss.backward()
             optimizer.step()
             seconds.append(time.perf_counter() - start)
-            gradients = _bytes(p.grad for p in learned)
+            gradients = bytes_of(p.grad for p in learned)
             optimizer.zero_grad()
     state = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
     parts = {
-        "weights_bytes": _bytes(model.parameters()), "gradient_bytes": gradients, "optimizer_bytes": _bytes(state),
-        "reference_bytes": _bytes(reference.parameters()) if reference is not None else 0,
+        "weights_bytes": bytes_of(model.parameters()), "gradient_bytes": gradients, "optimizer_bytes": bytes_of(state),
+        "reference_bytes": bytes_of(reference.parameters()) if reference is not None else 0,
     }  # fmt: skip
     peak = memory.peak - before
     return {

@@ -11,18 +11,17 @@ import argparse
 import contextlib
 import json
 import os
-import platform
 import shutil
 import sys
 import threading
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import nbformat
 import psutil
 from jupyter_client import AsyncKernelManager
 from jupyter_client.kernelspec import KernelSpecManager
+from machine import describe_machine
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from nbconvert.filters import strip_ansi
@@ -30,7 +29,6 @@ from readme_table import RESULTS, measured
 from results_table import results_table
 from tqdm import tqdm
 
-from common.environment import nvidia_gpus
 from common.profiles import get_profile
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -121,21 +119,6 @@ def run_all(notebooks: list[Path], folder: Path, in_place: bool = False) -> dict
         timings[f"{lab}/{source.name}"] = timing
         print(f"{label}  {measured(timing)}", flush=True)
     return timings
-
-
-def describe_machine() -> dict:
-    """What a measured time depends on."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    packages = ("torch", "transformers", "trl")
-    return {
-        "cpu": names[0] if names else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "memory_bytes": psutil.virtual_memory().total,
-        "gpu": nvidia_gpus(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
 
 
 def write_json(path: Path, content: dict) -> None:

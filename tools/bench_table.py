@@ -1,0 +1,110 @@
+"""The tables of the step and scaling benchmarks, from their results files: `python tools/bench_table.py`."""
+
+import json
+import sys
+from pathlib import Path
+from statistics import median
+
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+METHODS = {"dpo": "DPO", "orpo": "ORPO"}
+GB = 1e9
+
+
+def table(rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table, the first row its head."""
+    return ["| " + " | ".join(row) + " |" for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]]
+
+
+def _ratios(variant: dict, rival: dict, clock: str) -> str:
+    """How many times faster than the rival: by medians, and the least and most over the repetitions."""
+    each = [theirs / mine for theirs, mine in zip(rival[clock], variant[clock], strict=True)]
+    return f"{median(rival[clock]) / median(variant[clock]):.2f} ({min(each):.2f}–{max(each):.2f})"
+
+
+def _with_optimizer(variant: dict, rival: dict, clock: str) -> str:
+    mine, theirs = (median(map(sum, zip(each[clock], each[f"optimizer_{clock}"], strict=True)))
+                    for each in (variant, rival))  # fmt: skip
+    return f"{theirs / mine:.2f}"
+
+
+def _row(part: dict, name: str, label: str, clock: str) -> list[str]:
+    variant, rival = part["variants"][name], part["variants"]["trl"]
+    memory, rival_memory = variant.get("memory"), rival.get("memory")
+    steps = [median(variant[which]) / variant["steps"] for which in ("cpu", "wall")]
+    speeds = [_ratios(variant, rival, clock), _with_optimizer(variant, rival, clock)]
+    cells = [label, *(f"{step:.2f}" for step in steps), *speeds]
+    for what in ("peak_bytes", "growth_bytes"):
+        if not memory:
+            cells.append("–")
+            continue
+        mine, theirs = median(memory[what]), median(rival_memory[what])
+        cells.append(f"{mine / GB:.2f} GB" + ("" if name == "trl" else f" ({mine / theirs:.2f}×)"))
+    share = variant["flops"] / median(variant[clock]) / max(part["matmul_speed"])
+    errors = variant["errors"]
+    return [*cells, f"{variant['flops'] / 1e9 / variant['steps']:.0f}", f"{share:.0%}",
+            f"{errors['float64']['gradient']:.0e}", f"{errors['float32']['gradient']:.0e}"]  # fmt: skip
+
+
+def verdicts(bars: list[dict]) -> list[str]:
+    """The bars as a table, a missed one marked."""
+    rows = [["bar", "measured", "wanted", ""]]
+    for bar in bars:
+        relation = {">=": "≥", "<=": "≤"}[bar["relation"]]
+        verdict = "met" if bar["met"] else "**missed**"
+        rows.append([bar["what"], f"{bar['measured']:.3g}", f"{relation} {bar['bound']:g}", verdict])
+    return table(rows)
+
+
+def machine_line(results: dict) -> str:
+    machine = results["machine"]
+    hardware = ", ".join([*machine["gpu"], f"{machine['cores']} cores ({machine['cpu']})"])
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return f"Machine: {hardware}, {machine['memory_bytes'] / GB:.0f} GB of memory; {versions}."
+
+
+def step_markdown(results: dict) -> str:
+    """The comparison as Markdown: one table per model and method, then the bars. Everything is from the results."""
+    clock = results["clock"]
+    lines = [
+        f"{machine_line(results)} Device {results['device']}, {results['threads']} thread, "
+        f"{results['repetitions']} repetitions of interleaved variants, float32, no dropout. "
+        f"Lengths of pairs: {results['lengths']}.",
+        "",
+        "A step is collating, the forward passes and the backward pass; “with AdamW” adds the optimiser's, the same "
+        f"for all. Speed: how many times as fast as TRL in {clock} time, by medians (least to most over repetitions). "
+        "Peak: resident memory of the whole process; growth: the peak over weights, reference, gradients and "
+        "optimiser. Errors: of the gradient, against a naive float64 computation, all weights as one vector.",
+    ]
+    for size in results["sizes"].values():
+        for method, part in size["methods"].items():
+            heads = ["", "CPU s per step", "wall s", "speed over TRL", "with AdamW", "peak", "growth", "GFLOP per step",
+                     "of matmul peak", "error, float64", "error, float32"]  # fmt: skip
+            rows = [_row(part, name, variant["label"], clock) for name, variant in part["variants"].items()]
+            title = f"**{METHODS[method]}, {size['name']}**, vocabulary {size['vocabulary']}, batch {size['batch']}"
+            lines += ["", f"{title}, {size['pairs']} pairs per repetition:", "", *table([heads, *rows])]
+    lines += ["", *[f"Not run: {reason}." for reason in results["not_run"]]]
+    if results["bars"]:
+        lines += ["", *verdicts(results["bars"])]
+    return "\n".join(lines) + "\n"
+
+
+def scaling_markdown(results: dict) -> str:
+    """Fitted exponents of time and memory, by variant and axis, and the bars."""
+    axes, names = results["axes"], ("textbook", "simple", "packed")
+    heads = [f"{axis} ({min(found['values'])}–{max(found['values'])})" for axis, found in axes.items()]
+    rows = [["exponent of", *heads]]
+    for what, fitted in (("time", "time_exponent"), ("memory", "memory_exponent")):
+        for name in names:
+            values = [found[name].get(fitted) for found in axes.values()]
+            rows.append([f"{what}, {name}", *("–" if value is None else f"{value:.2f}" for value in values)])
+    return "\n".join([*table(rows), "", *verdicts(results["bars"])]) + "\n"
+
+
+def main() -> int:
+    for name, markdown in (("step", step_markdown), ("scaling", scaling_markdown)):
+        print(markdown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
