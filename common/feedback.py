@@ -168,9 +168,11 @@ def drift_limits(baseline: list[dict[str, float]], window: int, z: float = 3.0) 
     for name in baseline[0]:
         values = [row[name] for row in baseline]
         # A share that never varied in the baseline may yet vary: one more answer of each kind is assumed.
-        spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if set(values) <= {0.0, 1.0} else 0.0)
+        share = set(values) <= {0.0, 1.0}
+        spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if share else 0.0)
         half = z * spread * sqrt(1 / window + 1 / size)
-        limits[name] = mean(values) - half, mean(values) + half
+        low, high = mean(values) - half, mean(values) + half
+        limits[name] = (max(0.0, low), min(1.0, high)) if share else (low, high)
     return limits
 
 
