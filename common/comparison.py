@@ -4,19 +4,20 @@ An arm is a kind of training data with the stages that are trained on it. Every 
 its own, so that several can run at once in processes of their own, and what is finished is kept.
 """
 
+import inspect
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
-from itertools import combinations
+from itertools import combinations, pairwise
 from multiprocessing import get_context
 from statistics import mean, stdev
 
 import torch
 from scipy.stats import t as student
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from common import models
 from common.data import load_pairs
@@ -24,6 +25,7 @@ from common.evaluation import evaluation_report, measure, summarise_seeds
 from common.judges import Judge, RewardJudge, RuleJudge, head_to_head
 from common.profiles import Profile
 from common.runs import BrokenLineage, Lab, digest, stage_of, write_json
+from common.toyworld import World
 from common.training import Run, train
 
 STAGES = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")  # of the main comparison
@@ -48,10 +50,19 @@ class Arm:
         return f"{self.name}-{stage}" if mine and stage != "sft" else None
 
 
-def flaw_rate_arms(profile: Profile) -> list[Arm]:
-    """The arms of the flaw-rate experiment, and the tiers, whose answers are of independent quality."""
-    arms = [Arm(f"flaw-{rate:g}", CONTRAST, (("flaw_rate", rate),)) for rate in profile.flaw_rates]
-    return [*arms, Arm("tiers", CONTRAST, (("style", "tiers"),))] if arms else []
+DEFAULT = Arm("default", STAGES)
+DEFAULT_RATE = inspect.signature(World.pairs).parameters["flaw_rate"].default  # of a profile's own pairs
+
+
+def flaw_rate_arms(profile: Profile) -> dict[float | str, Arm]:
+    """The flaw-rate experiment, {rate: arm}, and under "tiers" the pairs whose two answers are of independent quality.
+
+    At the rate of the profile's own pairs the main comparison serves: nothing is trained twice.
+    """
+    arms = {rate: Arm(f"flaw-{rate:g}", CONTRAST, (("flaw_rate", rate),)) for rate in profile.flaw_rates}
+    if DEFAULT_RATE in arms:
+        arms[DEFAULT_RATE] = DEFAULT
+    return {**arms, "tiers": Arm("tiers", CONTRAST, (("style", "tiers"),))} if arms else {}
 
 
 def judge_of(lab: Lab) -> Judge:
@@ -122,8 +133,6 @@ def run_arm(profile: Profile, seed: int, arm: Arm) -> dict:
     Args: `profile`: as `get_profile` gave it. Returns: the report of `measure_runs`, kept in `<run folder>/arms/`.
     """
     lab = Lab(profile, seed)
-    if device_is_shared(profile):
-        torch.set_num_threads(1)
     ready(lab)
     runs = train_arm(lab, arm)
     key = digest([{stage: run.record["fingerprint"] for stage, run in runs.items()}, profile.samples, profile.held_out])
@@ -141,9 +150,19 @@ def device_is_shared(profile: Profile) -> bool:
 
 
 def _quietly(job, *arguments):
-    """Runs a job of a worker process: what it prints would only mix with the others' lines."""
+    """Runs a job without its own lines: those of several would only mix."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return job(*arguments)
+
+
+def _in_worker(job, *arguments):
+    """Runs a job in a process of its own, on one core."""
+    torch.set_num_threads(1)
+    return _quietly(job, *arguments)
+
+
+def _run_in_turn(profile: Profile, seed: int, arms: list[Arm]) -> list[dict]:
+    return [run_arm(profile, seed, arm) for arm in arms]
 
 
 def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[str, list[dict]]:
@@ -153,25 +172,30 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
         is kept, so an interrupted experiment goes on where it stopped.
     """
     seeds = [lab.seed + k for k in range(lab.profile.seeds)] if seeds is None else seeds
-    jobs = [(arm, seed) for arm in arms for seed in seeds]
+    # Arms that train a stage under its own name share its folder: of one seed they run in turn, and first, being long.
+    sharing = [arm for arm in arms if any(arm.run_of(stage) is None for stage in arm.stages if stage != "sft")]
+    jobs = [(seed, sharing) for seed in seeds if sharing]
+    jobs += [(seed, [arm]) for arm in arms if arm not in sharing for seed in seeds]
     reports: dict[str, dict[int, dict]] = {arm.name: {} for arm in arms}
     workers = min(os.cpu_count() or 1, 4, len(jobs)) if device_is_shared(lab.profile) else 1
-    bar = tqdm(total=len(jobs), desc=f"{len(arms)} kinds of pairs × {len(seeds)} seeds, {workers} at once")
-    if workers <= 1:
-        for arm, seed in jobs:
-            reports[arm.name][seed] = _quietly(run_arm, lab.profile, seed, arm)
+    bar = tqdm(total=len(seeds) * len(arms), desc=f"{len(arms)} arms × {len(seeds)} seeds, {workers} at once")
+
+    def keep(seed: int, arms: list[Arm], found: list[dict]) -> None:
+        for arm, report in zip(arms, found, strict=True):
+            reports[arm.name][seed] = report
             bar.update()
+
+    if workers == 1:
+        for seed, own in jobs:
+            keep(seed, own, _quietly(_run_in_turn, lab.profile, seed, own))
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            first = [pool.submit(_quietly, ready, Lab(lab.profile, seed)) for seed in seeds]
-            for future in first:
-                future.result()  # an error of a worker is raised here, whole
-            waiting = {pool.submit(_quietly, run_arm, lab.profile, seed, arm): (arm, seed) for arm, seed in jobs}
             try:
+                for future in [pool.submit(_in_worker, ready, Lab(lab.profile, seed)) for seed in seeds]:
+                    future.result()  # an error of a worker is raised here, whole
+                waiting = {pool.submit(_in_worker, _run_in_turn, lab.profile, *job): job for job in jobs}
                 for future in as_completed(waiting):
-                    arm, seed = waiting[future]
-                    reports[arm.name][seed] = future.result()
-                    bar.update()
+                    keep(*waiting[future], future.result())
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -196,3 +220,14 @@ def seed_interval(values: list[float]) -> list[float] | None:
         return None
     half = float(student.ppf(0.975, len(values) - 1)) * stdev(values) / len(values) ** 0.5
     return [mean(values) - half, mean(values) + half]
+
+
+def sign_change(places: list[float], rates: list[float]) -> float | None:
+    """Where a win rate first crosses one half on its way up, read off between two places by a straight line.
+
+    Returns: None where it never does, be it always above or never.
+    """
+    for (left, low), (right, high) in pairwise(zip(places, rates, strict=True)):
+        if low < 0.5 <= high:
+            return left + (right - left) * (0.5 - low) / (high - low)
+    return None

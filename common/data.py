@@ -1,29 +1,35 @@
 """Preference data: read it, bring it to prompt/chosen/rejected, check it, tokenise it, collate it."""
 
-import gzip
 import hashlib
-import json
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import pyarrow
 import torch
-from datasets import Dataset, load_dataset
+from datasets import Dataset
+from datasets.table import InMemoryTable
 from tqdm import tqdm
 
+from common.files import file_rows
+from common.hub import at_commit, hub_source, hub_split, kept
 from common.profiles import WORLD, Profile
+from common.readers import (  # noqa: F401 (others know these names from here)
+    ASSISTANT,
+    HUMAN,
+    SCORE_RATIO,
+    DataError,
+    as_prompt,
+    read_demonstration,
+    read_pair,
+    split_transcript,
+)
 from common.toyworld import World
 
-HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-HELD_OUT_SHARE = 10  # one prompt in ten of a local file is held out
-COLUMNS = ("prompt", "chosen", "rejected")
-FILE_ENDINGS = (".jsonl", ".jsonl.gz", ".json", ".parquet")
-
-
-class DataError(ValueError):
-    """Data that cannot be used at all. The message says what to do."""
+HELD_OUT_SHARE = 10  # one prompt in ten is held out of data that have no test split
 
 
 @dataclass
@@ -46,140 +52,99 @@ class CleaningReport:
         return "\n".join(lines)
 
 
-def split_transcript(transcript: str) -> tuple[str, str] | None:
-    """(prompt, response) at the last assistant turn, or None without one. The prompt ends with that turn's mark."""
-    before, mark, response = transcript.rpartition(ASSISTANT)
-    return (before + mark, response) if mark else None
-
-
-def as_prompt(text: str) -> str:
-    """`text` as a prompt that ends at the assistant's turn, wrapped in the dialogue format if it is not yet."""
-    return text.rstrip() if text.rstrip().endswith(ASSISTANT) else f"{HUMAN} {text.strip()}{ASSISTANT}"
-
-
-def _as_response(text: str) -> str:
-    """`text` with the one leading space that belongs to a response."""
-    return " " + text.strip()
-
-
-def _to_pair(row: dict[str, Any]) -> dict[str, str] | str:
-    """One row as prompt/chosen/rejected, or the reason why it cannot be used."""
-    if "prompt" in row:
-        prompt, chosen, rejected = as_prompt(row["prompt"] or ""), row["chosen"] or "", row["rejected"] or ""
-        if not (row["prompt"] or "").strip():
-            return "empty prompt"
-    else:
-        sides = split_transcript(row["chosen"] or ""), split_transcript(row["rejected"] or "")
-        if not (row["chosen"] or "").strip() or not (row["rejected"] or "").strip():
-            return "empty side"
-        if None in sides:
-            return "no assistant turn"
-        (prompt, chosen), (other, rejected) = sides
-        if prompt != other:
-            return "prompts that differ"
-    if not chosen.strip() or not rejected.strip():
-        return "empty side"
-    if chosen.strip() == rejected.strip():
-        return "identical sides"
-    return {"prompt": prompt, "chosen": _as_response(chosen), "rejected": _as_response(rejected)}
-
-
-def _read_jsonl(path: Path) -> list[dict]:
-    rows = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path.name}, line {number}: not valid JSON ({error}). Mend it.") from None
-    return rows
-
-
-def _read_file(path: Path) -> list[dict]:
-    """Rows of one file. Raises: DataError for one that is cut off, not text, or not what its ending says."""
-    try:
-        return _read_by_ending(path)
-    except (EOFError, OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
-        kind = type(error).__name__
-        raise DataError(f"{path.name} cannot be read ({kind}: {error}). Fetch or write it again.") from error
-
-
-def _read_by_ending(path: Path) -> list[dict]:
-    if path.name.endswith((".jsonl", ".jsonl.gz")):
-        return _read_jsonl(path)
-    if path.suffix == ".parquet":
-        return Dataset.from_parquet(str(path)).to_list()
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path.name}, line {error.lineno}: not valid JSON ({error.msg}).") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path.name}: expected a JSON list of rows, found {type(rows).__name__}.")
-    return rows
-
-
-def _read_rows(source: str | Path | list, split: str | None) -> list[dict]:
-    """Rows of a list, a local file or folder, or a hub dataset (whose own `split` is read)."""
-    if isinstance(source, list):
-        return source
-    path = Path(source)
-    if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.name.endswith(FILE_ENDINGS))
-        if not files:
-            raise DataError(f"{path}: no {', '.join(FILE_ENDINGS)} file in this folder.")
-        return [row for file in files for row in _read_file(file)]
-    if path.exists():
-        return _read_file(path)
-    if str(source).endswith(FILE_ENDINGS) or path.is_absolute() or str(source).count("/") != 1:
-        raise DataError(f"{source}: no such file or folder. Check LAB_DATA.")
-    try:
-        return load_dataset(str(source), split=split or "train").to_list()
-    except Exception as error:  # datasets raises many kinds; each means the same to a student
-        raise DataError(
-            f"Could not load the dataset {source!r} from the hub ({type(error).__name__}: {error}). "
-            "To go on offline, point LAB_DATA to a local file, or use LAB_PROFILE=cpu, which needs no download."
-        ) from error
-
-
 def _held_out(prompt: str) -> bool:
     """A fixed tenth of the prompts, by their text, so that no prompt stands on both sides of the split."""
     return int(hashlib.sha256(prompt.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
 
 
-def load_pairs(source, split: str | None = None, limit: int | None = None) -> tuple[Dataset, CleaningReport]:
-    """Clean preference pairs with columns prompt, chosen, rejected.
+def _dataset(rows: Iterable[dict[str, str]]) -> Dataset | None:
+    """Rows of text as Arrow, so that large data are never whole in Python's lists; None without rows."""
+    rows, tables = iter(rows), []
+    while chunk := list(islice(rows, 10_000)):
+        tables.append(pyarrow.Table.from_pylist(chunk, pyarrow.schema([(name, pyarrow.string()) for name in chunk[0]])))
+    return Dataset(InMemoryTable(pyarrow.concat_tables(tables))) if tables else None
 
-    Args: `source`: a list of rows, a `.jsonl`, `.jsonl.gz`, `.json` or `.parquet` file, a folder of them, or a hub id.
-        Rows are HH-RLHF transcripts (chosen, rejected) or plain (prompt, chosen, rejected).
-        `split`: None for every row in order; "train" or "test": the hub's own split, or for local data
-        nine tenths and one tenth of the prompts. `limit`: at most so many clean rows.
-    Raises: DataError for unreadable data, a missing column, or when no row is left.
-    """
-    local = isinstance(source, list) or Path(source).exists()
-    rows = _read_rows(source, split)
-    report = CleaningReport("embedded rows" if isinstance(source, list) else Path(source).name)
-    pairs = []
+
+def _clean(rows: Iterable, read: Callable, side: str | None, limit: int | None, report: CleaningReport) -> Iterator:
+    """Clean rows, counted in `report`. `side`: "train" or "test" of a split by prompt; None: all."""
+    kept_rows = 0
     for row in rows:
-        if not isinstance(row, dict) or not {"chosen", "rejected"} <= row.keys():
-            found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-            raise DataError(f"{report.source}: a row needs the columns chosen and rejected; this one has: {found}.")
-        if wrong := [name for name in COLUMNS if not isinstance(row.get(name, ""), str | None)]:
-            raise DataError(f"{report.source}: column {wrong[0]} must hold text, not {type(row[wrong[0]]).__name__}.")
-        pair = _to_pair(row)
+        try:
+            texts = read(row)
+        except DataError as error:
+            raise DataError(f"{report.source}: {error}") from None
         # A row that cannot be used has no prompt; its own text decides on which side of the split it is counted.
-        if local and split and _held_out(str(row) if isinstance(pair, str) else pair["prompt"]) != (split == "test"):
+        if side and _held_out(str(row) if isinstance(texts, str) else texts["prompt"]) != (side == "test"):
             continue
         report.rows += 1
-        if isinstance(pair, str):
-            report.dropped[pair] += 1
+        if isinstance(texts, str):
+            report.dropped[texts] += 1
         else:
-            pairs.append(pair)
-        if limit and len(pairs) == limit:
-            break
-    if not pairs:
-        raise DataError(f"No row is left after cleaning.\n{report}")
-    return Dataset.from_list(pairs), report
+            yield texts
+            kept_rows += 1
+        if limit and kept_rows == limit:
+            return
+
+
+def _load(source, split: str | None, limit: int | None, read: Callable, settings: tuple) -> tuple[Dataset, dict]:
+    """Clean rows of any source, with their report. Hub data are kept for the next time (key: `settings` and more)."""
+
+    def build(name: str, rows: Iterable, side: str | None) -> tuple[Dataset, dict]:
+        report = CleaningReport(name)
+        clean = _dataset(_clean(rows, read, side, limit, report))
+        if clean is None:
+            raise DataError(f"No row is left after cleaning.\n{report}")
+        return clean, vars(report)
+
+    def from_hub() -> tuple[Dataset, dict]:
+        name, hold_out, rows = hub_split(hub, split, streamed=limit is not None)
+        title = f"{hub} (split {name}, revision {hub.revision[:12]})"
+        return build(title, rows, split if hold_out else None)
+
+    hub = None if isinstance(source, list) or Path(source).exists() else hub_source(str(source))
+    if hub:
+        hub = at_commit(hub)
+        return kept((str(hub), hub.revision, split, limit, *settings), from_hub)
+    if split not in (None, "train", "test"):
+        raise DataError(f"Local data are split into train and test, by prompt: there is no {split!r}.")
+    if isinstance(source, list):
+        return build("embedded rows", source, split)
+    if not Path(source).exists():
+        raise DataError(f"{source}: no such file or folder. Check LAB_DATA.")
+    return build(Path(source).name, file_rows(Path(source)), split)
+
+
+def _report(values: dict) -> CleaningReport:
+    counters = {name: Counter(values[name]) for name in ("dropped", "cut")}
+    return CleaningReport(**{**values, **counters})
+
+
+def load_pairs(
+    source, split: str | None = None, limit: int | None = None, score_ratio: float = SCORE_RATIO
+) -> tuple[Dataset, CleaningReport]:
+    """Clean preference pairs with columns prompt, chosen, rejected. The columns of a row say which format it is.
+
+    Args: `source`: a list of rows; a `.jsonl`, `.jsonl.gz`, `.json`, `.parquet`, `.csv` or `.tsv` file, or a folder of
+        them; or a hub id, `owner/name`, `owner/name:subset` or `owner/name:subset@revision`.
+        `split`: None for every row in order (of a hub id: its training split); "train" or "test": the hub's own split,
+        or nine tenths and one tenth of the prompts where there is none, as for local data.
+        `limit`: at most so many clean rows, the first ones; of a hub id no more than those is downloaded.
+        `score_ratio`: SHP only: how many times the votes of the worse comment the better one must have.
+    Raises: DataError for unreadable data, an unknown format, or when no row is left.
+    """
+    read = partial(read_pair, score_ratio=score_ratio)
+    rows, report = _load(source, split, limit, read, ("pairs", score_ratio))
+    return rows, _report(report)
+
+
+def load_demonstrations(source, split: str | None = None, limit: int | None = None) -> tuple[Dataset, CleaningReport]:
+    """Clean demonstrations for SFT, with columns prompt and chosen. `source` and the rest as in `load_pairs`.
+
+    Rows are Alpaca's (instruction, input, output), a message list, a prompt with a response or completion, or pairs,
+    whose chosen answers are taken.
+    """
+    rows, report = _load(source, split, limit, read_demonstration, ("demonstrations",))
+    return rows, _report(report)
 
 
 def _start(tokenizer) -> list[int]:
@@ -284,14 +249,17 @@ class LabData:
 
 
 def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
-    """The data of a profile: the embedded world, or HH-RLHF or LAB_DATA through the same parser.
+    """The data of a profile: the embedded world, or HH-RLHF or LAB_DATA (and LAB_SFT_DATA) through the same readers.
 
     Raises: DataError, as `load_pairs`.
     """
     if profile.data == WORLD:
+        if profile.sft_data:
+            raise DataError("LAB_SFT_DATA goes with LAB_DATA: the embedded world has its own demonstrations.")
         world = World(profile.objects, seed)
         train, report = load_pairs(world.pairs(profile.pairs))
         test, test_report = load_pairs(world.held_out_pairs(profile.held_out))
+        reports = {"train": report, "test": test_report}
         demonstrated = world.demonstrations(profile.demonstrations)
         shown = [{"prompt": row["prompt"], "chosen": row["response"]} for row in demonstrated]
         prompts = [question.prompt for question in world.questions(profile.held_out)]
@@ -300,10 +268,16 @@ def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
         world = None
         train, report = load_pairs(profile.data, "train", profile.pairs)
         test, test_report = load_pairs(profile.data, "test", profile.held_out)
+        reports = {"train": report, "test": test_report}
         demonstrations = train.select_columns(["prompt", "chosen"])
+        if profile.sft_data:
+            demonstrations, sft_report = load_demonstrations(profile.sft_data, "train", profile.pairs)
+            reports["demonstrations"] = sft_report
         texts = [row["prompt"] + row["chosen"] for row in train]
         prompts = list(dict.fromkeys(test["prompt"]))
+    hub = None if world or Path(profile.data).exists() else hub_source(profile.data)
+    name = WORLD if world else str(hub).split("/")[1] if hub else Path(profile.data).name
     return LabData(
-        name=WORLD if world else Path(profile.data).name, texts=texts, demonstrations=demonstrations, train=train,
-        test=test, prompts=prompts, reports={"train": report, "test": test_report}, world=world,
-    )
+        name=name, texts=texts, demonstrations=demonstrations, train=train,
+        test=test, prompts=prompts, reports=reports, world=world,
+    )  # fmt: skip

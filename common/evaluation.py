@@ -16,7 +16,8 @@ from common.runs import Lab
 from common.toyworld import World
 
 BETA = 0.1  # scale of `reward_margin` in reports, whatever beta a model was trained with
-COSTS = ("wall_seconds", "cpu_seconds", "peak_memory_bytes", "train_flops", "train_tokens")  # of a run, in reports
+# Costs of a run, in reports. `simple_flops`: without packing, by which methods are compared.
+COSTS = ("wall_seconds", "cpu_seconds", "peak_memory_bytes", "train_flops", "simple_flops", "train_tokens")
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,20 @@ class WinRate:
 
 
 @torch.no_grad()
-def logps_of(model, rows, pad_id: int = 0, batch_size: int = 64) -> PairLogps:
-    """Log-probabilities of all rows, in order and without gradients, each (rows,), on the CPU."""
+def logps_of(
+    model, rows, pad_id: int = 0, batch_size: int = 64, path: str = "simple", progress: str = ""
+) -> PairLogps:  # fmt: skip
+    """Log-probabilities of all rows, in order and without gradients, each (rows,), on the CPU.
+
+    Args: `path`: as in `response_logps`. `progress`: the title of a progress bar; "": none.
+    """
     rows = list(rows)
     parts = []
     training = model.training
     model.eval()
-    for start in range(0, len(rows), batch_size):
-        parts.append(response_logps(model, collate(rows[start : start + batch_size], pad_id, model.device)))
+    for start in tqdm(range(0, len(rows), batch_size), desc=progress, disable=not progress):
+        batch = collate(rows[start : start + batch_size], pad_id, model.device)
+        parts.append(response_logps(model, batch, path))
     model.train(training)
 
     def join(side: str) -> SideLogps | None:

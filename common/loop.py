@@ -19,10 +19,11 @@ from transformers import get_scheduler
 from common import checkpoints, losses, models
 from common.curves import LiveFigure
 from common.data import collate
-from common.evaluation import generate, logps_of
+from common.evaluation import Answer, generate, logps_of
 from common.judges import RuleJudge, head_to_head, rewards
-from common.logprobs import PairLogps, response_logps
+from common.logprobs import PairLogps, checked_path, response_logps
 from common.profiles import Recipe, device_and_precision
+from common.reference import cache_reference, from_columns
 from common.runs import Lab, read_metrics, stage_of, write_lines
 from common.signs import signs_of_over_optimisation
 
@@ -56,8 +57,9 @@ class Trainer:
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
-        counters = ("step", "tokens", "padded", "flops_per_token", "wall", "cpu", "aside", "peak", "since_best")
+        counters = ("step", "tokens", "reference_flops", "wall", "cpu", "aside", "peak", "since_best")
         self.state = {**dict.fromkeys(counters, 0), "best": math.inf, "warnings": [], "stopped_early": False}
+        self.state |= {"padded": {}, "flops_per_token": {}}  # by path: the run's own, and the simple one to compare by
 
     def build(self, parent_model, reference) -> None:
         """Model, reference, optimiser and schedule."""
@@ -71,6 +73,7 @@ class Trainer:
             models.disable_dropout(self.model)
         self.model.config.pad_token_id = self.pad
         self.reference, self.held_out_reference, self.reference_answers = reference, None, None
+        self.path = self.choose_path()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
         if profile.optimizer == "paged_adamw_8bit" and torch.cuda.is_available():
@@ -83,6 +86,20 @@ class Trainer:
         self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.method == "dpo" and recipe.cache_reference:
+            cache_reference(self)
+
+    def choose_path(self) -> str:
+        """The recipe's path, if it is the simple one or the model can be packed; says so in one line."""
+        if self.recipe.path == "simple" or self.method == "reward":
+            return "simple"
+        first = [self.rows[number] for number in self.step_rows(0)[: self.recipe.micro_batch]]  # on every process
+        longest = max(self.rows, key=lambda row: len(row["prompt_ids"]) + max(len(row[f"{s}_ids"]) for s in self.sides))
+        batches = [collate(rows, self.pad, self.model.device, self.sides) for rows in (first, [longest])]
+        path, why = checked_path(self.model, batches)
+        if self.accelerator.is_main_process:
+            print(f"{self.stage}: {path} path, {why}")
+        return path
 
     def step_rows(self, step: int) -> list[int]:
         """Row numbers of a step: a pure function of seed and step, so that a resumed run sees the same batches."""
@@ -101,24 +118,30 @@ class Trainer:
                     yield self.model
 
     def reference_logps(self, batch: dict) -> PairLogps | None:
-        """Log-probabilities under the reference, for the methods that have one."""
+        """Log-probabilities under the reference, for the methods that have one: from the rows' columns, or computed."""
         if self.method != "dpo":
             return None
+        if "reference" in batch:
+            return batch["reference"]
         with torch.no_grad(), self.as_reference() as reference:
-            return response_logps(reference, batch)
+            return response_logps(reference, batch, self.path)
 
     def loss(self, batch: dict, pairs: int, tokens: int) -> tuple[torch.Tensor, dict]:
         """Loss and metrics of a micro-batch of a step with so many pairs and tokens."""
         if self.method == "reward":
             return reward_objective(self.policy, batch, pairs)
-        policy = response_logps(self.policy, batch, score_prompt=self.recipe.nll_on_prompt)
+        policy = response_logps(self.policy, batch, self.path, score_prompt=self.recipe.nll_on_prompt)
         return losses.objective(self.method, self.recipe, policy, self.reference_logps(batch), pairs, tokens)
 
     def micro_batches(self, numbers: list[int]) -> list[dict]:
         """This process's share of a step, in micro-batches."""
         accelerator, size = self.accelerator, self.recipe.micro_batch
         mine = [self.rows[number] for number in numbers[accelerator.process_index :: accelerator.num_processes]]
-        return [collate(rows, self.pad, accelerator.device, self.sides) for rows in batched(mine, size)]
+        batches = [collate(rows, self.pad, accelerator.device, self.sides) for rows in batched(mine, size)]
+        if "reference_chosen_logps" in self.rows[0]:
+            for batch, rows in zip(batches, batched(mine, size), strict=True):
+                batch["reference"] = from_columns(rows, batch)
+        return batches
 
     def step(self) -> dict[str, float]:
         """One optimiser step over the next batch. Raises: TrainingError where the loss is not finite."""
@@ -137,7 +160,9 @@ class Trainer:
                 accelerator.backward(loss * accelerator.num_processes)
             for name, value in {"loss": loss, **metrics}.items():
                 total[name] = total.get(name, 0.0) + torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-            self.state["padded"] += self.padded(batch) * accelerator.num_processes
+            for path in self.state["flops_per_token"]:
+                now = self.padded(batch, path) * accelerator.num_processes
+                self.state["padded"][path] = self.state["padded"].get(path, 0) + now
         names = sorted(total)
         summed = accelerator.reduce(torch.stack([total[name] for name in names]).to(accelerator.device), "sum")
         values = dict(zip(names, summed.tolist(), strict=True))
@@ -156,17 +181,24 @@ class Trainer:
         self.state["tokens"] += sum(seen)
         return {"step": self.state["step"], "lr": lr, "tokens": self.state["tokens"], **values}
 
-    def padded(self, batch: dict) -> int:
-        """Tokens of a batch as the model sees them: prompts once per side, every row as long as the longest."""
+    def padded(self, batch: dict, path: str) -> int:
+        """Tokens of a batch as the model sees them: packed, each once; else every row as long as the longest."""
+        if path == "packed":
+            return sum(int(batch[f"{part}_lengths"].sum()) for part in ("prompt", *self.sides))
         longest = max(int((batch["prompt_lengths"] + batch[f"{side}_lengths"]).max()) for side in self.sides)
         return len(self.sides) * len(batch["prompt_ids"]) * longest
 
-    def count_flops(self, batch: dict, pairs: int, tokens: int) -> float:
-        """Floating-point operations per padded token of one micro-batch, counted forward and backward."""
-        with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-            self.accelerator.backward(self.loss(batch, pairs, tokens)[0])
-        self.optimizer.zero_grad()
-        return counter.get_total_flops() / self.padded(batch)
+    def count_flops(self, batch: dict, pairs: int, tokens: int) -> dict[str, float]:
+        """Floating-point operations per padded token of one micro-batch, counted forward and backward, by path."""
+        own, counted = self.path, {}
+        for path in dict.fromkeys((own, "simple")):
+            self.path = path
+            with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
+                self.accelerator.backward(self.loss(batch, pairs, tokens)[0])
+            self.optimizer.zero_grad()
+            counted[path] = counter.get_total_flops() / self.padded(batch, path)
+        self.path = own
+        return counted
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -199,22 +231,27 @@ class Trainer:
 
     def logps(self, model, rows: list[dict]) -> PairLogps:
         """Log-probabilities of all rows, without gradients."""
-        return logps_of(model, rows, self.pad, self.eval_batch)
+        return logps_of(model, rows, self.pad, self.eval_batch, self.path)
 
     def sample(self) -> dict[str, float]:
         """KL to the reference and win rate against it, on one answer to each of a few held-out prompts."""
-        lab, length = self.lab, self.lab.profile.max_new_tokens
-        prompts = lab.prompts[:SAMPLED_PROMPTS]
-        answers = generate(self.model, lab.tokenizer, prompts, length, seed=lab.seed)
-        rows = [vars(answer) for group in answers for answer in group]
-        policy = self.logps(self.model, rows)
-        with self.as_reference() as reference:
-            kl = (policy.chosen.sums - self.logps(reference, rows).chosen.sums).mean()
-            if lab.data.world and self.reference_answers is None:
-                self.reference_answers = generate(reference, lab.tokenizer, prompts, length, seed=lab.seed + 1)
-        if not lab.data.world:
-            return {"kl": kl}
-        return {"kl": kl, "win_rate": head_to_head(RuleJudge(lab.data.world), answers, self.reference_answers).rate}
+        world, measures = self.lab.data.world, {}
+        answers = self.answer(self.model, self.lab.seed)
+        if self.reference is not None or self.lora:  # not after its log-probabilities were cached
+            rows = [vars(answer) for group in answers for answer in group]
+            policy = self.logps(self.model, rows)
+            with self.as_reference() as reference:
+                measures["kl"] = (policy.chosen.sums - self.logps(reference, rows).chosen.sums).mean()
+                if world and self.reference_answers is None:
+                    self.reference_answers = self.answer(reference, self.lab.seed + 1)
+        if world:
+            measures["win_rate"] = head_to_head(RuleJudge(world), answers, self.reference_answers).rate
+        return measures
+
+    def answer(self, model, seed: int) -> list[list[Answer]]:
+        """One sampled answer to each of a few held-out prompts."""
+        prompts, length = self.lab.prompts[:SAMPLED_PROMPTS], self.lab.profile.max_new_tokens
+        return generate(model, self.lab.tokenizer, prompts, length, seed=seed)
 
     def evaluates_at(self, step: int) -> bool:
         """Is this one of the recipe's evaluations? They are spread evenly, and the last is at the last step."""

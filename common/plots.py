@@ -4,6 +4,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
+from common.comparison_plots import (  # noqa: F401 - a notebook finds every figure here
+    flaw_rates,
+    frontier,
+    gradient_cosines,
+    measure_panels,
+    memory_by_part,
+    win_rate_matrix,
+)
 from common.curves import (  # noqa: F401 - a notebook finds every figure here
     CHOSEN,
     GREY,
@@ -15,6 +23,7 @@ from common.curves import (  # noqa: F401 - a notebook finds every figure here
     sft_curves,
     training_curves,
 )
+from common.token_plots import packed_pair, token_log_ratios  # noqa: F401
 
 
 def histograms(groups: dict[str, list[float]], xlabel: str, title: str = "", limit: float | None = None) -> Figure:
@@ -122,22 +131,6 @@ def lines(x, curves: dict[str, list], xlabel: str, ylabel: str, title: str = "",
     return figure
 
 
-def token_log_ratios(sides: dict[str, list[tuple[str, float]]], title: str = "", longest: int = 40) -> Figure:
-    """One bar per scored token, log(policy / reference) in nats; one panel per side, its sum in the panel's title."""
-    figure, axes = plt.subplots(len(sides), 1, figsize=(9.5, 2.5 * len(sides)), squeeze=False, sharey=True)
-    for ax, colour, (side, tokens) in zip(axes.flat, (CHOSEN, REJECTED), sides.items(), strict=False):
-        shown = tokens[:longest]
-        ax.bar(range(len(shown)), [value for _, value in shown], color=colour)
-        ax.axhline(0, color="black", linewidth=0.8)
-        ax.set_xticks(range(len(shown)), [text for text, _ in shown], rotation=60, ha="right", fontsize=8)
-        cut = f", first {longest} of {len(tokens)} tokens shown" if len(tokens) > longest else ""
-        ax.set(ylabel="nats", xlim=(-0.7, len(shown) - 0.3))
-        ax.set_title(f"{side}: sum {sum(value for _, value in tokens):+.2f} nats{cut}", fontsize=10)
-        ax.grid(axis="x", visible=False)
-    figure.suptitle(title)
-    return figure
-
-
 def sweep_with_rates(values: list[float], measures: dict[str, list], rates: list, xlabel: str, limits=None) -> Figure:
     """The panels of `sweep`, and a last one with the win rate (a list of WinRate) and its 95 % interval."""
     name = "win rate against SFT"
@@ -235,7 +228,8 @@ def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figu
 def rise_of_both(close: list[dict], whole: list[dict], title: str = "") -> Figure:
     """Held-out log-probabilities of both answers: one run from step 0 on, another from its first evaluation on."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for ax, metrics, name in zip(axes, (close, whole), ("from the base on", "from the first evaluation on"), strict=True):
+    names = "from the base on", "from the first evaluation on"
+    for ax, metrics, name in zip(axes, (close, whole), names, strict=True):
         for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
             line = f"held_out_logps_{side}"
             points = [(row["step"], row[line]) for row in metrics if line in row]
@@ -272,7 +266,8 @@ def against_diagonal(panels: dict[str, tuple], xlabel: str, ylabel: str, title: 
     """Scatters of (x, y) against the dashed line y = x, one panel each, each with its own scale."""
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
     for ax, colour, (name, (x, y)) in zip(axes.flat, PALETTE, panels.items(), strict=False):
-        low, high = min(np.min(x), np.min(y)), max(np.max(x), np.max(y))
+        x, y = np.asarray(x), np.asarray(y)
+        low, high = min(x.min(), y.min()), max(x.max(), y.max())
         ax.plot([low, high], [low, high], color="black", linestyle="--", linewidth=1, label="equal")
         ax.plot(x, y, "o", color=colour, alpha=0.4, markersize=4)
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel)

@@ -56,7 +56,8 @@ STAGES = {
 }
 # Whatever decides a trained weight: a change here makes a finished run stale.
 SOURCES = (
-    "toyworld", "data", "models", "logprobs", "losses", "evaluation", "judges", "checkpoints", "loop", "training",
+    "toyworld", "readers", "files", "hub", "data", "models", "logprobs", "losses", "evaluation", "judges",
+    "checkpoints", "reference", "loop", "training",
 )  # fmt: skip
 
 

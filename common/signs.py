@@ -7,9 +7,11 @@ KL_LIMIT, ACCURACY_LIMIT = 20.0, 0.95  # the course pages' limits (claims D6 and
 
 def signs_of_over_optimisation(metrics: list[dict]) -> list[str]:
     """What the course pages warn of, each with its remedies, from the rows since the last two evaluations."""
-    signs, remedy = [], "stop earlier, raise beta, or lower the learning rate"
+    signs = []
     evaluated = [index for index, row in enumerate(metrics) if "held_out_loss" in row]
     now, rows = metrics[evaluated[-1]], metrics[evaluated[-2] + 1 :] if len(evaluated) > 1 else []
+    knob = "lower lambda" if "held_out_odds_ratio_loss" in now else "raise beta"  # ORPO has no beta
+    remedy = f"stop earlier, {knob}, or lower the learning rate"
     if now.get("held_out_kl", 0.0) > KL_LIMIT:
         signs.append(f"KL to the reference is {now['held_out_kl']:.1f} nats (> {KL_LIMIT:.0f}): {remedy}.")
     right = [row["accuracy"] for row in rows if "accuracy" in row]

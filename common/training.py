@@ -110,13 +110,15 @@ def _record(
     profile, state = trainer.lab.profile, trainer.state
     device = "cuda" if torch.cuda.is_available() else "cpu"
     final = {name: value for name, value in metrics[-1].items() if name not in ("step", "lr", "tokens")}
+    counted = state["flops_per_token"].items()  # by path: what it took, and what it takes without packing
+    flops = {path: each * state["padded"][path] + state["reference_flops"] for path, each in counted}
     return {
         "stage": trainer.stage, "profile": profile.run_name, "seed": trainer.lab.seed, "parent": parent,
         "reference": reference, "fingerprint": fingerprint, "fingerprint_parts": parts, "model": profile.model,
         "dataset": trainer.lab.data.name, "n_pairs": len(trainer.rows), "hyperparameters": asdict(trainer.recipe),
         "steps": state["step"], "best_step": state.get("best_step"), "stopped_early": state["stopped_early"],
-        "train_tokens": state["tokens"], "padded_tokens": state["padded"],
-        "train_flops": state["flops_per_token"] * state["padded"],
+        "train_tokens": state["tokens"], "padded_tokens": state["padded"]["simple"], "path": trainer.path,
+        "train_flops": flops[trainer.path], "simple_flops": flops["simple"],
         "wall_seconds": state["wall"], "evaluation_seconds": state["aside"], "cpu_seconds": state["cpu"],
         "peak_memory_bytes": state["peak"],
         "device": device, "processes": trainer.accelerator.num_processes, "versions": versions(),

@@ -13,6 +13,9 @@ NOTEBOOKS = [
     "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb",
     "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb",
     "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
+    "Lab-1.8-ORPO_Alignment/01-Setup.ipynb",
+    "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb",
+    "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
 ]
 CELL_TIMEOUT = 300  # seconds; also how long nbval waits for a kernel that has died
 

@@ -144,6 +144,9 @@ def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
     times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in results)
     assert readme_table.updated(text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])) == text
     assert readme_table.updated(text, "quality", readme_table.quality_markdown(scores)) == text
+    text = (readme_table.ROOT / readme_table.ORPO_LAB / name).read_text(encoding="utf-8")
+    comparison = json.loads(readme_table.COMPARISON.read_text(encoding="utf-8"))
+    assert readme_table.updated(text, "comparison", readme_table.comparison_markdown(comparison)) == text
 
 
 def test_the_measured_line_names_the_profiles_that_were_not_measured():

@@ -87,7 +87,8 @@ def test_run_json_has_the_keys_of_the_design(lab):
     assert (record["stage"], record["profile"], record["seed"], record["parent"]) == ("sft", "smoke", 0, "base")
     assert (record["model"], record["dataset"]) == ("tiny-gpt2", "toyworld")
     assert record["n_pairs"] == 57 and record["steps"] == 7  # 60 demonstrations, 3 held out, 57 // 8 = 7 steps
-    assert all(record[name] > 0 for name in ("train_flops", "wall_seconds", "cpu_seconds", "peak_memory_bytes"))
+    counts = ("train_flops", "simple_flops", "padded_tokens", "wall_seconds", "cpu_seconds", "peak_memory_bytes")
+    assert all(record[name] > 0 for name in counts)
     assert record["final"]["held_out_loss"] == read_metrics(lab.path("sft"))[-1]["held_out_loss"]
 
 

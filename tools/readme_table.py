@@ -1,8 +1,8 @@
 """Writes what was measured into the READMEs and the notebooks' first cells: `python tools/readme_table.py`.
 
 A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it: the
-times come from benchmarks/results/notebooks.json, which `python tools/run_labs.py --fresh --record` writes, and the
-quality from benchmarks/results/quality.json, which `python -m benchmarks.quality` writes.
+times and the comparison of methods are from notebooks.json and comparison.json in benchmarks/results, which `python
+tools/run_labs.py --fresh --record` writes, and the quality from quality.json, which `python -m benchmarks.quality` writes.
 """
 
 import json
@@ -11,13 +11,15 @@ import sys
 from pathlib import Path
 
 import nbformat
-from results_table import quality_markdown
+from results_table import comparison_markdown, quality_markdown
 
 from common.profiles import PROFILES
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "notebooks.json"
 QUALITY = ROOT / "benchmarks" / "results" / "quality.json"
+COMPARISON = ROOT / "benchmarks" / "results" / "comparison.json"
+ORPO_LAB = "Lab-1.8-ORPO_Alignment"
 WORDS = {  # README → heading of the first column, name of the last row, "not measured"
     "README.md": ("notebook", "all", "not measured"),
     "README.zh-TW.md": ("筆記本", "全部", "未測量"),
@@ -85,13 +87,18 @@ def mark_notebook(path: Path, line: str) -> None:
 
 
 def update_readmes() -> None:
-    """Both READMEs, from the two result files."""
-    times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS, QUALITY))
+    """The READMEs of the course and of Lab 1.8, from the result files."""
+    files = (RESULTS, QUALITY, COMPARISON)
+    times, scores, comparison = (json.loads(path.read_text(encoding="utf-8")) for path in files)
     for name, words in WORDS.items():
         path = ROOT / name
         text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
         path.write_text(updated(text, "quality", quality_markdown(scores)), encoding="utf-8", newline="\n")
         print(f"{name}: times of {', '.join(times)}; quality of {', '.join(scores['profiles'])}")
+        path = ROOT / ORPO_LAB / name
+        text = updated(path.read_text(encoding="utf-8"), "comparison", comparison_markdown(comparison))
+        path.write_text(text, encoding="utf-8", newline="\n")
+        print(f"{ORPO_LAB}/{name}: comparison of {', '.join(comparison)}")
 
 
 def main() -> int:

@@ -102,5 +102,70 @@ def quality_markdown(results: dict) -> str:
     return "\n".join(lines)
 
 
+METHODS = {"sft": "SFT", "orpo_lambda0": "λ = 0", "dpo_plain": "DPO plain", "dpo": "DPO + NLL", "orpo": "ORPO"}
+MEMORY = {"weights_bytes": "weights", "reference_bytes": "reference", "gradient_bytes": "gradients",
+          "optimizer_bytes": "optimiser", "rest_bytes": "rest", "peak_bytes": "peak"}  # fmt: skip
+
+
+def _table(head: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table as lines, an empty one after it."""
+    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+
+
+def rate_cell(rate: dict) -> str:
+    """`0.58 [0.52, 0.64]`: the interval over seeds, or over prompts where there is one seed."""
+    low, high = rate["seed_ci95"] or rate["ci95"]
+    return f"{rate['rate']:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _methods(report: dict) -> list[str]:
+    """Every method on the profile's own pairs."""
+    models, rates, cost = report["models"], report["win_rate"], report["cost"]
+    against = [rate_cell(rates[f"{stage}_vs_sft"]) if stage != "sft" else "0.5 by definition" for stage in METHODS]
+    rows = [["**win rate against SFT**", *against]]
+    for name, heading in QUALITY_MEASURES.items():
+        values = [models[stage].get(name) for stage in METHODS]
+        if None not in values:
+            spreads = [models[stage]["std"].get(name) for stage in METHODS]
+            rows.append([heading, *map(mean_and_spread, values, spreads)])
+    rows.append(["TFLOPs of the stage, unpacked", *(f"{cost[stage]['simple_flops'] / 1e12:.3f}" for stage in METHODS)])
+    return _table(["", *METHODS.values()], rows)
+
+
+def _flaw_rates(report: dict) -> list[str]:
+    """When does the contrast pay? Nothing where there is no embedded world."""
+    if not report["flaw_rates"]:
+        return []
+    arms = {rate: report["arms"].get(name, report) for rate, name in report["flaw_rates"].items()}
+    arms["tiers"] = report["arms"]["tiers"]
+    pairs = {"orpo_vs_orpo_lambda0": "ORPO against λ = 0", "dpo_vs_orpo_lambda0": "DPO + NLL against λ = 0"}
+    rows = [[text, *(rate_cell(arm["win_rate"][name]) for arm in arms.values())] for name, text in pairs.items()]
+    return _table(["flaw rate of the pairs", *arms], rows)
+
+
+def _memory(runs: list[dict]) -> list[str]:
+    """Measured in one process per method."""
+    size = runs[0]
+    rows = [[f"`{run['method']}`{' + LoRA' if run['lora'] else ''}",
+             *(f"{run[key] / 1e9:.2f}" for key in MEMORY)] for run in runs]  # fmt: skip
+    head = (f"Memory in GB (1e9 bytes), a GPT-2 of {size['parameters'] / 1e6:.0f} M random weights, "
+            f"{size['pairs']} pairs of up to {size['length']} tokens, {size['device']}:")  # fmt: skip
+    return [head, "", *_table(["method", *MEMORY.values()], rows)]
+
+
+def comparison_markdown(results: dict) -> str:
+    """What notebook 1.8-03 measured, {profile: comparison.json}, for the READMEs of Lab 1.8."""
+    lines = []
+    for profile, report in results.items():
+        seeds, ratio = report["seeds"], report["compute_ratio"]
+        basis = f"{seeds} seeds, interval over seeds" if seeds > 1 else "one seed, interval over prompts"
+        lines += [f"`{profile}`: {basis} (95 %); judge: {report['judge']}.", "", *_methods(report)]
+        counted = "; ".join(f"{name} {values['counted']:.3f} (formula {values['formula']:.3f})"
+                            for name, values in ratio.items() if name != "passes")  # fmt: skip
+        lines += [f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {ratio['passes']:.3f}.", ""]
+        lines += [*_flaw_rates(report), *_memory(report["memory"])]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     print(results_table(Path(sys.argv[1]) if len(sys.argv) > 1 else get_profile().folder))

@@ -34,6 +34,7 @@ from common.environment import nvidia_gpus
 from common.profiles import get_profile
 
 ROOT = Path(__file__).resolve().parents[1]
+REPORTS = ("comparison.json",)  # of the notebooks, kept beside the times
 
 
 class LabFailed(Exception):
@@ -142,6 +143,12 @@ def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def record(path: Path, profile: str, content: dict) -> None:
+    """Puts what one profile measured into a results file, beside that of the others."""
+    recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**recorded, profile: content})
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Run the notebooks of the course in order.")
     parser.add_argument("parts", nargs="*", help="only notebooks with one of these in their path: Lab-1.7, 02-")
@@ -155,7 +162,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     os.environ.pop("MPLBACKEND", None)  # a kernel shows its figures inline unless this says otherwise
-    for name in ("LAB_RUNS", "LAB_MODEL", "LAB_DATA"):  # kernels run in other folders than this script
+    for name in ("LAB_RUNS", "LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA"):  # kernels run in other folders than this script
         value = os.environ.get(name)
         if value and (name == "LAB_RUNS" or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())
@@ -171,8 +178,10 @@ def main(arguments: list[str] | None = None) -> int:
     folder = profile.folder.absolute()
     seed = int(os.environ.get("LAB_SEED") or 0)
     folder = folder / f"seed-{seed}" if seed else folder
-    # Other seeds have folders of their own in here: they stay.
+    # The comparison of methods trains the next seeds too, in folders of their own in here; still other seeds stay.
+    ours = {f"seed-{seed + k}" for k in range(1, profile.seeds)}
     old = [path for path in folder.glob("*") if not path.name.startswith("seed-")]
+    old += [path for path in profile.folder.absolute().glob("seed-*") if path.name in ours]
     if options.fresh and old:
         print(f"Starting from nothing: removing the runs in {folder}")
         for path in old:
@@ -189,8 +198,9 @@ def main(arguments: list[str] | None = None) -> int:
     content = {"machine": describe_machine(), "notebooks": timings}
     write_json(folder / "notebooks" / "timing.json", content)
     if options.record:
-        recorded = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
-        write_json(RESULTS, {**recorded, profile.run_name: content})
+        record(RESULTS, profile.run_name, content)
+        for name in REPORTS:  # the tables of the READMEs are made from these
+            record(RESULTS.with_name(name), profile.run_name, json.loads((folder / name).read_text(encoding="utf-8")))
     print(f"\n{results_table(folder)}")
     return 0
 

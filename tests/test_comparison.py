@@ -1,0 +1,270 @@
+"""Methods side by side: what makes a comparison unfair is refused, finished arms are kept, seeds are summarised."""
+
+import json
+import math
+from concurrent.futures import Future
+
+import pytest
+import tiny
+from tiny import assert_same
+
+from common import comparison
+from common.comparison import (
+    CONTRAST,
+    DEFAULT,
+    DEFAULT_RATE,
+    Arm,
+    check_comparable,
+    flaw_rate_arms,
+    over_seeds,
+    run_arms,
+    seed_interval,
+    sign_change,
+)
+from common.profiles import PROFILES
+from common.runs import BrokenLineage, Lab, MissingRun
+from common.training import train
+
+SHORT = ("sft", "orpo_lambda0", "orpo")
+WORLD = Arm("gold", SHORT, (("flaw_rate", 0.0),))
+OWN = Arm("own", SHORT)
+LONGER = Arm("longer", SHORT, changes=(("orpo_lambda0", ("epochs", 2.0)),))
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory):
+    """A very small lab whose runs the tests share; `OWN` is trained."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
+        lab = Lab(tiny.micro_profile())
+        comparison.ready(lab)
+        comparison.train_arm(lab, OWN)
+        yield lab
+
+
+def change_record(lab, monkeypatch, stage: str, **parts) -> None:
+    """Another fingerprint part in the record of a finished run, as if it had been trained so."""
+    read = Lab.record
+
+    def record(self, name, sweep=None):
+        found = read(self, name, sweep)
+        if name == stage:
+            found["fingerprint_parts"] |= parts
+        return found
+
+    monkeypatch.setattr(Lab, "record", record)
+
+
+# --- what is compared
+
+
+def test_runs_of_one_base_tokenizer_and_pairs_are_comparable(lab):
+    assert check_comparable(lab, dict.fromkeys(SHORT)) is None
+
+
+def test_a_missing_model_is_refused_with_the_command_that_makes_it(lab):
+    with pytest.raises(MissingRun, match="python -m common.train dpo "):
+        check_comparable(lab, {"sft": None, "dpo": None})
+
+
+def test_other_pairs_are_refused_and_the_odd_one_is_named(lab):
+    train(lab, "orpo", sweep="others", pairs=lab.data.train.select(range(16)), evaluations=1)
+    with pytest.raises(BrokenLineage, match=r"^orpo: trained with another pairs than the others"):
+        check_comparable(lab, {"sft": None, "orpo_lambda0": None, "orpo": "others"})
+
+
+def test_another_tokenizer_is_refused(lab, monkeypatch):
+    change_record(lab, monkeypatch, "orpo", tokenizer="another")
+    with pytest.raises(BrokenLineage, match=r"^orpo: trained with another tokenizer than is here"):
+        check_comparable(lab, dict.fromkeys(SHORT))
+
+
+def test_another_base_is_refused(lab, monkeypatch):
+    lineage = Lab.lineage
+    monkeypatch.setattr(
+        Lab, "lineage", lambda self, stage, sweep=None: ["another" if stage == "orpo" else lineage(self, "base")[0]]
+    )
+    with pytest.raises(BrokenLineage, match=r"^orpo: trained with another base than is here"):
+        check_comparable(lab, dict.fromkeys(SHORT))
+
+
+def test_a_parent_that_was_trained_again_is_refused(lab, monkeypatch):
+    change_record(lab, monkeypatch, "orpo", parent="of before")
+    with pytest.raises(BrokenLineage, match="orpo was trained from another base"):
+        check_comparable(lab, dict.fromkeys(SHORT))
+
+
+# --- arms
+
+
+def test_an_arm_of_other_pairs_or_settings_keeps_its_runs_apart():
+    assert [WORLD.run_of(stage) for stage in SHORT] == [None, "gold-orpo_lambda0", "gold-orpo"]
+    assert [LONGER.run_of(stage) for stage in SHORT] == [None, "longer-orpo_lambda0", None]
+    assert [OWN.run_of(stage) for stage in SHORT] == [None, None, None]
+
+
+def test_the_flaw_rate_of_the_profile_is_the_main_comparison_itself():
+    arms = flaw_rate_arms(PROFILES["cpu"])
+    assert list(arms) == [0.0, 0.15, 0.3, 0.5, "tiers"] and DEFAULT_RATE == 0.3
+    assert arms[0.3] is DEFAULT and set(CONTRAST) <= set(DEFAULT.stages)
+    assert arms[0.0].world == (("flaw_rate", 0.0),) and arms["tiers"].world == (("style", "tiers"),)
+
+
+def test_a_profile_without_the_world_has_no_flaw_rates():
+    assert flaw_rate_arms(PROFILES["gpt2"]) == {}
+
+
+def test_the_default_flaw_rate_gives_the_profiles_own_pairs(lab):
+    rows = lab.data.world.pairs(lab.profile.pairs, flaw_rate=DEFAULT_RATE)
+    own = lab.data.world.pairs(lab.profile.pairs)
+    assert rows == own
+    assert [row["chosen"] for row in rows] == [row["prompt"] + row["chosen"] for row in lab.data.train]
+
+
+# --- running them
+
+
+@pytest.fixture(scope="module")
+def in_turn(lab):
+    """Reports of three arms, run one after the other."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "device_is_shared", lambda profile: False)
+        return run_arms(lab, [OWN, LONGER, WORLD], seeds=[0])
+
+
+def test_a_report_holds_every_pair_of_stages_once_and_every_measure(in_turn):
+    (report,) = in_turn["own"]
+    assert list(report["models"]) == list(SHORT) == list(report["cost"])
+    assert list(report["win_rate"]) == ["orpo_lambda0_vs_sft", "orpo_vs_sft", "orpo_vs_orpo_lambda0"]
+    assert report["seed"] == 0 and report["judge"] == "the world's rule"
+    assert report["models"]["sft"]["kl"] == 0.0
+
+
+def test_changes_of_an_arm_reach_the_training(lab, in_turn):
+    """40 pairs in batches of 8: 5 steps an epoch."""
+    assert lab.record("orpo_lambda0")["steps"] == 5
+    assert lab.record("orpo_lambda0", "longer-orpo_lambda0")["steps"] == 10
+    assert not (lab.folder / "sweeps" / "longer-orpo").exists()
+
+
+def test_other_pairs_of_an_arm_reach_the_training(lab, in_turn):
+    own, gold = lab.record("orpo"), lab.record("orpo", "gold-orpo")
+    assert own["fingerprint_parts"]["data"] != gold["fingerprint_parts"]["data"]
+
+
+def test_what_is_finished_is_not_measured_again(lab, in_turn, monkeypatch):
+    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: False)
+    monkeypatch.setattr(comparison, "measure_runs", lambda *_: pytest.fail("measured again"))
+    assert run_arms(lab, [OWN, LONGER, WORLD], seeds=[0]) == in_turn
+
+
+def test_a_model_trained_again_is_measured_again(lab, in_turn, monkeypatch):
+    path = lab.folder / "arms" / "own.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"key": "of another model", "models": {}}))
+    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: False)
+    assert run_arms(lab, [OWN], seeds=[0])["own"] == in_turn["own"]
+
+
+def test_side_by_side_gives_the_same_numbers_as_in_turn(lab, in_turn):
+    """Reports and one arm's models are removed, so that a worker process has to train and measure them."""
+    for path in (*(lab.folder / "arms").glob("*.json"), *lab.folder.glob("sweeps/gold-*/run.json")):
+        path.unlink()
+    found = run_arms(lab, [OWN, LONGER, WORLD], seeds=[0])
+    for name, (report,) in in_turn.items():
+        for part in ("models", "win_rate", "key"):
+            assert found[name][0][part] == report[part], (name, part)
+
+
+class Inline:
+    """A process pool that runs its jobs at once, in this process, and notes them."""
+
+    jobs: list = []
+
+    def __init__(self, *_, **__):
+        Inline.jobs = []
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def shutdown(self, **_):
+        return None
+
+    def submit(self, _, job, *arguments):
+        Inline.jobs.append((job.__name__, arguments))
+        future = Future()
+        try:
+            future.set_result(job(*arguments))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def test_arms_that_share_a_folder_never_run_at_the_same_time(lab, monkeypatch):
+    """`OWN` and `LONGER` both train `orpo` itself: of one seed they are one job. `WORLD` is another."""
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Inline)
+    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: True)
+    monkeypatch.setattr(comparison.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(comparison, "ready", lambda lab: None)
+    monkeypatch.setattr(comparison, "run_arm", lambda profile, seed, arm: {"seed": seed, "arm": arm.name})
+    found = run_arms(lab, [WORLD, OWN, LONGER], seeds=[0, 5])
+    jobs = [(seed, [arm.name for arm in arms]) for name, (*_, seed, arms) in Inline.jobs[2:]]
+    assert jobs == [(0, ["own", "longer"]), (5, ["own", "longer"]), (0, ["gold"]), (5, ["gold"])]
+    assert found["longer"] == [{"seed": 0, "arm": "longer"}, {"seed": 5, "arm": "longer"}]
+
+
+def test_an_error_of_a_worker_process_comes_through_whole(lab):
+    """The worker cannot know this stage. Its message arrives, and nothing waits for ever."""
+    with pytest.raises(ValueError, match="Unknown stage 'ppo'"):
+        run_arms(lab, [Arm("wrong", ("sft", "ppo")), WORLD], seeds=[0])
+
+
+# --- over seeds
+
+
+def report(seed: int, rate: float, perplexity: float) -> dict:
+    win = {"wins": 1, "ties": 2, "losses": 3, "rate": rate, "ci95": [rate - 0.03, rate + 0.04]}
+    cost = {"wall_seconds": 2.0 * seed, "train_flops": 10.0}
+    return {"models": {"orpo": {"perplexity": perplexity}}, "win_rate": {"orpo_vs_sft": win}, "cost": {"orpo": cost},
+            "seeds": 1}  # fmt: skip
+
+
+def test_seed_interval_is_students():
+    """0.6, 0.7, 0.8: mean 0.7, s = 0.1, t(0.975; 2) = 4.3027, half-width 4.3027 · 0.1 / sqrt(3) = 0.24841."""
+    assert_same(seed_interval([0.6, 0.7, 0.8]), [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
+
+
+def test_one_seed_has_no_interval():
+    assert seed_interval([0.7]) is None
+
+
+def test_over_seeds_gives_means_spread_and_both_intervals():
+    """Rates 0.6, 0.7, 0.8: std 0.1; prompts: sqrt(3 · 0.03²) / 3 = 0.0173 down; perplexities 2, 3, 7: 4 ± √7."""
+    summary = over_seeds([report(1, 0.6, 2.0), report(2, 0.7, 3.0), report(3, 0.8, 7.0)])
+    rate = summary["win_rate"]["orpo_vs_sft"]
+    assert_same([rate["rate"], rate["std"], rate["wins"], rate["ties"]], [0.7, 0.1, 3, 6], 1e-9)
+    assert_same(rate["ci95"], [0.7 - 0.03 / math.sqrt(3), 0.7 + 0.04 / math.sqrt(3)], 1e-9)
+    assert_same(rate["seed_ci95"], [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
+    model = summary["models"]["orpo"]
+    assert_same([model["perplexity"], model["std"]["perplexity"]], [4.0, math.sqrt(7)], 1e-9)
+    assert summary["cost"]["orpo"] == {"wall_seconds": 4.0, "train_flops": 10.0} and summary["seeds"] == 3
+
+
+def test_over_one_seed_says_nothing_of_another():
+    summary = over_seeds([report(1, 0.6, 2.0)])
+    assert summary["win_rate"]["orpo_vs_sft"]["seed_ci95"] is None
+    assert summary["models"]["orpo"]["std"]["perplexity"] is None
+
+
+def test_sign_change_reads_the_crossing_off_a_straight_line():
+    """From 0.46 at 0 to 0.55 at 0.15: 4/9 of the way. From 0.4 at 0.1 to 0.5 at 0.3: at 0.3 itself."""
+    assert_same(sign_change([0.0, 0.15, 0.3], [0.46, 0.55, 0.6]), 0.15 * 4 / 9, 1e-9)
+    assert_same(sign_change([0.0, 0.1, 0.3], [0.3, 0.4, 0.5]), 0.3, 1e-9)
+
+
+@pytest.mark.parametrize("rates", [[0.5, 0.6, 0.7], [0.4, 0.45, 0.49], [0.6, 0.55, 0.4], [0.7]])
+def test_without_a_rise_through_one_half_there_is_no_sign_change(rates):
+    assert sign_change([0.0, 0.15, 0.3][: len(rates)], rates) is None
