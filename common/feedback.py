@@ -209,15 +209,14 @@ def gains(lab: Lab, stage: str, candidates: dict, judge: Judge) -> tuple[dict, d
     return before, found
 
 
-def round_in_process(lab: Lab, stage: str, control: str, prompts: int, users: int, judge: Judge) -> dict:
-    """The loop without the gateway: half of `users` per prompt ask each model, the rule votes, one more round.
+def round_in_process(lab: Lab, stage: str, prompts: int, users: int, judge: Judge) -> dict:
+    """The loop without the gateway: `users` ask each prompt of `stage`, the rule votes, one more round.
 
-    Needs the embedded world and both stages. Returns: `rate` (WinRate), `before`, `after` (measures), `pairs` (count).
+    Needs the embedded world and the stage. Returns: `rate` (WinRate), `before`, `after` (measures), `pairs` (count).
     """
-    asked = user_prompts(lab.data.world, prompts)
-    sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users // 2, "seed": lab.seed + 1}
-    groups = [generate(lab.load(name), lab.tokenizer, asked, **sizes) for name in (stage, control)]
-    pairs = pairs_in_process(RulePeople(lab.data.world), [a + b for a, b in zip(*groups, strict=True)])
+    sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users, "seed": lab.seed + 1}
+    own = generate(lab.load(stage), lab.tokenizer, user_prompts(lab.data.world, prompts), **sizes)
+    pairs = pairs_in_process(RulePeople(lab.data.world), own)
     before, found = gains(lab, stage, {"round 2": next_round(lab, stage, pairs).model}, judge)
     rate, after = found["round 2"]
     return {"rate": rate, "before": before, "after": after, "pairs": len(pairs)}
