@@ -35,7 +35,8 @@ class ExportError(RuntimeError):
 def full_precision(lab: Lab, stage: str, sweep: str | None = None):
     """The model of a finished run in float32, never quantised: what is exported. Raises: MissingRun, BrokenLineage."""
     lab.lineage(stage, sweep)
-    return models.load_model(lab.source(stage, sweep), replace(lab.profile, four_bit=False)).eval()
+    device = "cpu" if lab.profile.four_bit else None  # what is run in 4 bits is too large for the GPU in 32
+    return models.load_model(lab.source(stage, sweep), replace(lab.profile, four_bit=False), device=device).eval()
 
 
 def export(lab: Lab, stage: str, folder: Path, sweep: str | None = None, temperature: float = 0.0) -> Path:
@@ -105,6 +106,12 @@ def held_out_logits(model, lab: Lab, rows: int = 32) -> Tensor:
     return torch.cat(found)
 
 
+def _outputs(lab: Lab, model, tokenizer, rows: int) -> tuple[Tensor, list[tuple[int, ...]], torch.device]:
+    """(logits on held-out rows, tokens of greedy answers to held-out prompts, the model's device)."""
+    groups = generate(model, tokenizer, lab.prompts[:rows], lab.profile.max_new_tokens, temperature=0)
+    return held_out_logits(model, lab, rows), [group[0].chosen_ids for group in groups], model.device
+
+
 def verify_export(lab: Lab, stage: str, folder: Path, sweep: str | None = None, rows: int = 32) -> dict:
     """Proves that an exported folder is the trained model.
 
@@ -112,20 +119,15 @@ def verify_export(lab: Lab, stage: str, folder: Path, sweep: str | None = None, 
         `greedy_equal` of `prompts` held-out prompts whose greedy answers are the same, token by token.
     Raises: ExportError where a logit differs by more than 1e-5, or an answer at all.
     """
-    trained = full_precision(lab, stage, sweep)
+    # One after the other: two copies of a large model may not fit.
+    ours, answers, device = _outputs(lab, full_precision(lab, stage, sweep), lab.tokenizer, rows)
     exported, tokenizer = load_exported(folder)
-    exported = exported.to(trained.device)
-    ours, theirs = (held_out_logits(model, lab, rows) for model in (trained, exported))
-    prompts = lab.prompts[:rows]
-    answers = [
-        [group[0].chosen_ids for group in generate(model, tokens, prompts, lab.profile.max_new_tokens, temperature=0)]
-        for model, tokens in ((trained, lab.tokenizer), (exported, tokenizer))
-    ]
+    theirs, others, _ = _outputs(lab, exported.to(device), tokenizer, rows)
     found = {
         "max_logit_difference": float((ours - theirs).abs().max()), "tokens": len(ours),
-        "greedy_equal": sum(one == other for one, other in zip(*answers, strict=True)), "prompts": len(prompts),
+        "greedy_equal": sum(a == b for a, b in zip(answers, others, strict=True)), "prompts": len(answers),
     }  # fmt: skip
-    if not found["max_logit_difference"] <= TOLERANCE or found["greedy_equal"] < len(prompts):
+    if not found["max_logit_difference"] <= TOLERANCE or found["greedy_equal"] < found["prompts"]:
         raise ExportError(f"{folder} is not the trained {sweep or stage}: {found}. Export it again.")
     return found
 
@@ -141,9 +143,10 @@ def measured_scores(lab: Lab, stage: str) -> dict[str, tuple[float | None, str]]
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         if stage not in report.get("models", {}) or not lab.has_own_weights(stage):
             continue
-        seeds, cost = report.get("seeds", 1), report.get("cost", {}).get(stage, {})
-        if seeds == 1 and cost.get("train_tokens") != lab.record(stage)["train_tokens"]:
+        took = [one["cost"].get(stage, {}).get("wall_seconds") for one in report.get("reports", [report])]
+        if lab.record(stage)["wall_seconds"] not in took:
             continue  # taken before the stage was trained again
+        seeds = report.get("seeds", 1)
         where = f"{name}.json, mean of {seeds} training seeds" if seeds > 1 else f"{name}.json"
         found |= {k: (v, where) for k, v in report["models"][stage].items() if k in SCORES and v is not None}
     return found
@@ -155,6 +158,8 @@ def model_card(lab: Lab, stage: str, sweep: str | None = None) -> str:
     record = {} if pretrained else lab.record(stage, sweep)
     scores = measured_scores(lab, stage) if not sweep else dict.fromkeys(SCORES, (None, "not measured"))
     licences = [LICENCES.get(part, "unknown") for part in (profile.model, profile.data)]
+    model = Path(profile.model).name if Path(profile.model).exists() else profile.model
+    data = lab.data.name if Path(profile.data).exists() else profile.data  # no path of this machine
     licence = licences[0] if len(set(licences)) == 1 else "other"
     rows = [
         f"| {SCORES[name]} | {'not measured' if value is None else f'{value:.3f}'} | {'' if value is None else where} |"
@@ -172,12 +177,12 @@ def model_card(lab: Lab, stage: str, sweep: str | None = None) -> str:
     ]  # fmt: skip
     lines = [
         "---", f"license: {licence}", "library_name: transformers", "pipeline_tag: text-generation",
-        "tags: [preference-alignment]", *([f"base_model: {profile.model}"] if profile.model != TINY else []), "---", "",
+        "tags: [preference-alignment]", *([f"base_model: {model}"] if model != TINY else []), "---", "",
         f"# {sweep or stage} ({profile.run_name}, seed {lab.seed})", "",
         f"A language model aligned with human preferences in the `{stage}` stage of a course on DPO and ORPO.", "",
         "## Licence and data", "",
-        f"- Weights start from: {profile.model} ({licences[0]})",
-        f"- Data: {profile.data} ({licences[1]}), {record.get('n_pairs', 'unknown')} rows",
+        f"- Weights start from: {model} ({licences[0]})",
+        f"- Data: {data} ({licences[1]}), {record.get('n_pairs', 'unknown')} rows",
         "- `unknown` means: nobody looked it up yet. Do so before you publish.", "",
         "## Training", "",
         f"- Parent: {record.get('parent')}; reference: {record.get('reference')}; fingerprint "

@@ -168,9 +168,11 @@ def drift_limits(baseline: list[dict[str, float]], window: int, z: float = 3.0) 
     for name in baseline[0]:
         values = [row[name] for row in baseline]
         # A share that never varied in the baseline may yet vary: one more answer of each kind is assumed.
-        spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if set(values) <= {0.0, 1.0} else 0.0)
+        share = set(values) <= {0.0, 1.0}
+        spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if share else 0.0)
         half = z * spread * sqrt(1 / window + 1 / size)
-        limits[name] = mean(values) - half, mean(values) + half
+        low, high = mean(values) - half, mean(values) + half
+        limits[name] = (max(0.0, low), min(1.0, high)) if share else (low, high)
     return limits
 
 
@@ -207,15 +209,14 @@ def gains(lab: Lab, stage: str, candidates: dict, judge: Judge) -> tuple[dict, d
     return before, found
 
 
-def round_in_process(lab: Lab, stage: str, control: str, prompts: int, users: int, judge: Judge) -> dict:
-    """The loop without the gateway: half of `users` per prompt ask each model, the rule votes, one more round.
+def round_in_process(lab: Lab, stage: str, prompts: int, users: int, judge: Judge) -> dict:
+    """The loop without the gateway: `users` ask each prompt of `stage`, the rule votes, one more round.
 
-    Needs the embedded world and both stages. Returns: `rate` (WinRate), `before`, `after` (measures), `pairs` (count).
+    Needs the embedded world and the stage. Returns: `rate` (WinRate), `before`, `after` (measures), `pairs` (count).
     """
-    asked = user_prompts(lab.data.world, prompts)
-    sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users // 2, "seed": lab.seed + 1}
-    groups = [generate(lab.load(name), lab.tokenizer, asked, **sizes) for name in (stage, control)]
-    pairs = pairs_in_process(RulePeople(lab.data.world), [a + b for a, b in zip(*groups, strict=True)])
+    sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users, "seed": lab.seed + 1}
+    own = generate(lab.load(stage), lab.tokenizer, user_prompts(lab.data.world, prompts), **sizes)
+    pairs = pairs_in_process(RulePeople(lab.data.world), own)
     before, found = gains(lab, stage, {"round 2": next_round(lab, stage, pairs).model}, judge)
     rate, after = found["round 2"]
     return {"rate": rate, "before": before, "after": after, "pairs": len(pairs)}

@@ -7,6 +7,7 @@ import contextlib
 import io
 import logging
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,27 +63,28 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(self, input_ids, attention_mask=None, **_) -> CausalLMOutput:
+    def forward(self, input_ids, attention_mask=None, logits_to_keep: int = 0, **_) -> CausalLMOutput:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": places}
+        keep = torch.arange(input_ids.shape[1])[-logits_to_keep:]
+        inputs = {"input_ids": input_ids, "attention_mask": mask, "position_ids": places, "keep": keep}
         logits = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
         return CausalLMOutput(logits=self.head(torch.from_numpy(logits)))
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
 
 
 class _Graph(torch.nn.Module):
-    """What is written as ONNX: tokens, mask and positions in, logits out, no cache."""
+    """What is written as ONNX: tokens, mask and positions in, logits at the positions `keep` out, no cache."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, input_ids, attention_mask, position_ids):
+    def forward(self, input_ids, attention_mask, position_ids, keep):
         parts = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
-        return self.model(**parts, use_cache=False).logits
+        return self.model(**parts, logits_to_keep=keep, use_cache=False).logits
 
 
 @contextlib.contextmanager
@@ -110,14 +112,14 @@ def write_onnx(source: Path, folder: Path) -> Path:
 
     model = load_exported(source, dtype=torch.float32)[0]
     ids = torch.arange(2, 14).reshape(2, 6)  # any batch and length but 0 and 1, which would be taken as fixed
-    places = torch.arange(6).repeat(2, 1)
-    batch, length = torch.export.Dim.DYNAMIC, torch.export.Dim.DYNAMIC
-    names = ("input_ids", "attention_mask", "position_ids")
+    places, keep = torch.arange(6).repeat(2, 1), torch.arange(3)
+    names, free = ("input_ids", "attention_mask", "position_ids", "keep"), torch.export.Dim.DYNAMIC
+    shapes = {name: {0: free} if name == "keep" else {0: free, 1: free} for name in names}
     with _quiet(), written_whole(folder) as scratch:
         scratch.mkdir()
         program = torch.onnx.export(
-            _Graph(model), (ids, torch.ones_like(ids), places), input_names=names, output_names=["logits"],
-            dynamic_shapes={name: {0: batch, 1: length} for name in names}, dynamo=True, verbose=False,
+            _Graph(model), (ids, torch.ones_like(ids), places, keep), input_names=names, output_names=["logits"],
+            dynamic_shapes=shapes, dynamo=True, verbose=False,
         )  # fmt: skip
         program.save(scratch / "float32.onnx")
         quantize_dynamic(scratch / "float32.onnx", scratch / "int8.onnx", weight_type=QuantType.QInt8)
@@ -165,12 +167,11 @@ def _bitsandbytes(name: str, source: Path, folder: Path) -> Variant:
             model.save_pretrained(scratch)
             tokenizer.save_pretrained(scratch)
     model = load_exported(folder / name, **device)[0]
-    rounded = sum(
-        module.in_features * module.out_features
-        for module in model.modules() if type(module).__name__ in ("Linear8bitLt", "Linear4bit")
-    )  # fmt: skip
-    everything = load_exported(source)[0].num_parameters()
-    return Variant(name, model, _size(folder / name, "*.safetensors"), weight_bytes(model), rounded / everything)
+    layers = [module for module in model.modules() if type(module).__name__ in ("Linear8bitLt", "Linear4bit")]
+    rounded, packed = sum(m.in_features * m.out_features for m in layers), {id(m.weight) for m in layers}
+    others = sum(p.numel() for p in model.parameters() if id(p) not in packed)
+    share = rounded / (rounded + others)
+    return Variant(name, model, _size(folder / name, "*.safetensors"), weight_bytes(model), share)
 
 
 def _plain(name: str, source: Path, folder: Path) -> Variant:
@@ -223,8 +224,8 @@ def answers_of(lab: Lab, variant: Variant, temperature: float, samples: int = 1)
     )  # fmt: skip
 
 
-def measure_variants(lab: Lab, variants: list[Variant], judge: Judge, batch: int = 8, new_tokens: int = 32) -> dict:
-    """Every variant against the first, which is the one in full precision.
+def measure_variants(lab: Lab, variants: Iterable[Variant], judge: Judge, batch: int = 8, new_tokens: int = 32) -> dict:
+    """Every variant against the first, which is the one in full precision. An iterator is taken one at a time.
 
     Returns: name → `disk_bytes`, `weight_bytes` (counted), `rounded_share`, `perplexity` on held-out chosen answers,
         `same_greedy` (share of held-out prompts with the very same greedy answer), `win_rate` (WinRate of samples at

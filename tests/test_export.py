@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -107,13 +108,21 @@ def test_the_card_says_what_was_not_measured(lab):
 
 
 def test_the_card_shows_only_scores_of_this_very_run(lab):
-    """A report counts where its training tokens are the run's own; another run's are left out."""
-    tokens = lab.record("orpo")["train_tokens"]
+    """A report counts where the run in it took as long as the run that is here; another run's is left out."""
+    seconds = lab.record("orpo")["wall_seconds"]
     scores = {"perplexity": 12.3456, "helpfulness": None}
-    for cost, expected in ((tokens, True), (tokens + 1, False)):
-        report = {"models": {"orpo": scores}, "cost": {"orpo": {"train_tokens": cost}}, "seeds": 1}
+    for took, expected in ((seconds, True), (seconds + 0.001, False)):
+        report = {"models": {"orpo": scores}, "cost": {"orpo": {"wall_seconds": took}}, "seeds": 1}
         path = lab.save_report("evaluation", report)
         assert ("| 12.346 | evaluation.json |" in model_card(lab, "orpo")) is expected
+    path.unlink()
+
+
+def test_means_over_seeds_are_named_as_such(lab):
+    own = {"cost": {"orpo": {"wall_seconds": lab.record("orpo")["wall_seconds"]}}}
+    report = {"models": {"orpo": {"perplexity": 2.0}}, "cost": {}, "seeds": 3, "reports": [own]}
+    path = lab.save_report("comparison", report)
+    assert "| 2.000 | comparison.json, mean of 3 training seeds |" in model_card(lab, "orpo")
     path.unlink()
 
 
@@ -123,3 +132,13 @@ def test_lora_is_exported_merged(lab, tmp_path):
     target = export(lab, "orpo_lora", tmp_path / "merged")
     assert not list(target.glob("adapter*"))
     assert verify_export(lab, "orpo_lora", target, rows=4)["max_logit_difference"] == 0
+
+
+def test_the_card_holds_no_path_of_this_machine(lab, tmp_path):
+    """Data from a local file are named by the file; their licence is unknown, and said to be."""
+    file = tmp_path / "mine.jsonl"
+    rows = [{"prompt": f"What is {n}?", "chosen": f"A number {n}.", "rejected": "No."} for n in range(80)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    other = Lab(replace(lab.profile, data=str(file)), seed=lab.seed)
+    card = model_card(other, "orpo")
+    assert "- Data: mine.jsonl (unknown)" in card and str(tmp_path) not in card

@@ -20,6 +20,8 @@ from common.feedback import (
 from common.models import new_tiny_model
 from common.runs import Lab
 from common.serving.prompts import prompt_text
+from common.serving.reports import preference_pairs
+from common.serving.store import Store
 from common.training import train
 
 
@@ -128,3 +130,15 @@ def test_a_broken_guard_rolls_back_even_a_winner(guard, value):
 def test_what_was_not_measured_is_said():
     reasons = decide(WinRate(9, 0, 1, 0.9, (0.7, 1.0)), {"perplexity": 3.0}, {"perplexity": 3.0}).reasons
     assert "not measured: safe_on_harmful, over_refusal, ended_with_eos" in reasons[-1]
+
+
+def test_pairs_of_one_model_only(lab, tmp_path):
+    """Two answers to one question from two models, one liked and one not: a pair, but none of either model's own."""
+    store = Store(tmp_path / "votes.sqlite")
+    for model, rating in (("old", -1), ("new", 1)):
+        row = {"id": model, "created": 0.0, "caller": "c", "experiment": "default", "assigned": 1, "status": 200}
+        store.add_request(**row, model=model, messages=messages_of(lab.prompts[0]), answer=f"Says {model}.")
+        store.add_feedback(model, "c", rating, True, None).result()
+    store.close()
+    assert [row["chosen"] for row in preference_pairs(store.path)] == [" Says new."]
+    assert preference_pairs(store.path, model="new") == []

@@ -16,6 +16,7 @@ NOTEBOOKS = [
     "Lab-1.8-ORPO_Alignment/01-Setup.ipynb",
     "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb",
     "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
+    "Lab-1.8-ORPO_Alignment/04-Production_Deploy.ipynb",
 ]
 CELL_TIMEOUT = 300  # seconds; also how long nbval waits for a kernel that has died
 

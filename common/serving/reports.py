@@ -62,16 +62,16 @@ def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
     return report
 
 
-def preference_pairs(path: Path, experiment: str = "default") -> list[dict]:
+def preference_pairs(path: Path, experiment: str = "default", model: str | None = None) -> list[dict]:
     """New training rows {prompt, chosen, rejected} from feedback, in the course's format, each once.
 
-    Only answers whose latest feedback gives consent count. On one prompt, an answer with more thumbs up than down is
+    Only answers whose latest feedback gives consent count, and with `model` only that model's answers. On one prompt, an answer with more thumbs up than down is
     better than one with more down than up; an answer with as many of both says nothing. A correction is better than
     the answer it corrects. Where two pairs contradict each other, both are left out.
     """
     votes, corrections = defaultdict(lambda: defaultdict(int)), set()
     for row in answers(path, experiment):
-        if not row["consent"] or row["messages"] is None:
+        if not row["consent"] or row["messages"] is None or model not in (None, row["model"]):
             continue
         prompt, text = prompt_text(row["messages"]), row["answer"].strip()
         votes[prompt][text] += row["rating"]
