@@ -1,6 +1,7 @@
 """What a step takes: time, floating-point operations, peak memory, and the machine's matmul speed to compare with."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -77,6 +78,14 @@ def time_all(bench: Bench, method: str, names: list[str], rows: list[dict], size
     return found
 
 
+def in_use(device: str, name: str = "VmRSS") -> int:
+    """Bytes on the GPU, or of this process's resident memory; the peak of the latter is VmHWM (Linux)."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+
+
 class Peak:
     """Peak memory of a block: `peak`, and `held` as it began. Of the GPU, or this process's resident memory (Linux)."""
 
@@ -87,19 +96,13 @@ class Peak:
         give_back()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            self.held = torch.cuda.memory_allocated()
         else:
             Path("/proc/self/clear_refs").write_text("5")  # makes the peak the present size
-            self.held = self._status("VmRSS")
+        self.held = in_use(self.device)
         return self
 
     def __exit__(self, *_) -> None:
-        self.peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else self._status("VmHWM")
-
-    @staticmethod
-    def _status(name: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+        self.peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else in_use("cpu", "VmHWM")
 
 
 def padded_tokens(batch: list[dict]) -> int:
@@ -111,11 +114,14 @@ def padded_tokens(batch: list[dict]) -> int:
 def memory_of(task: dict) -> dict:
     """Peak memory of a variant's step on its largest batch, in this process.
 
-    Args: `task`: size, lengths, device, method, name of the variant, repeats. The gradients
-        are allocated in the step; `growth_bytes` is the peak over weights, reference, gradients and optimiser.
+    Args: `task`: size, lengths, device, method, name of the variant, repeats.
+    Returns: of every repeat `peak_bytes`, over what the process held before it built a model, and `growth_bytes`, the
+        peak over weights, reference, gradients (which are allocated in the step) and optimiser.
     """
-    import trl  # noqa: F401 - loaded for every variant, so that none is charged for it alone
+    from trl import DPOTrainer  # noqa: F401 - loaded for every variant, so that none is charged for it alone
+    from trl.experimental.orpo import ORPOTrainer  # noqa: F401
 
+    before = in_use(task["device"])
     size, method, variant = task["size"], task["method"], VARIANTS[task["name"]]
     bench, rows = new_bench(size, task["device"]), random_rows(task["lengths"], size["vocabulary"])
     if variant.cached:
@@ -131,16 +137,21 @@ def memory_of(task: dict) -> dict:
     for _ in range(task["repeats"]):
         with Peak(task["device"]) as memory:
             take_steps(bench, method, variant, [batch], optimizer)
-        found["peak_bytes"].append(memory.peak)
+        found["peak_bytes"].append(memory.peak - before)
         found["growth_bytes"].append(memory.peak - memory.held - found["gradient_bytes"])
-    return found | {"held_bytes": memory.held}
+    return found | {"held_bytes": memory.held - before}
 
 
 def memory_in_own_process(task: dict) -> dict:
-    """`memory_of`, in a process of its own. Raises: RuntimeError with its last words."""
+    """`memory_of`, in a process of its own. Raises: RuntimeError with its last words.
+
+    glibc is told to give every larger block back when it is freed: resident memory is then what the step holds. Left
+    alone it keeps freed activations in its heap and takes new memory for the gradients.
+    """
     command = [sys.executable, "-m", "benchmarks.measure"]
     root = Path(__file__).resolve().parents[1]
-    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, cwd=root)
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1:] or ["it said nothing: perhaps memory ran out"]
         raise RuntimeError(f"Measuring the memory of {task['method']} {task['name']} failed: {words[0]}")

@@ -72,8 +72,10 @@ def step_markdown(results: dict) -> str:
         "",
         "A step is collating, the forward passes and the backward pass; “with AdamW” adds the optimiser's, the same "
         f"for all. Speed: how many times as fast as TRL in {clock} time, by medians (least to most over repetitions). "
-        "Peak: resident memory of the whole process; growth: the peak over weights, reference, gradients and "
-        "optimiser. Errors: of the gradient, against a naive float64 computation, all weights as one vector.",
+        "Peak: resident memory on the largest batch, over what the process held before it built a model "
+        "(MALLOC_MMAP_THRESHOLD_=65536, so that freed blocks are given back); growth: over weights, reference, "
+        "gradients and optimiser too. Errors: of the gradient, against a naive float64 computation, all weights as one "
+        "vector.",
     ]
     for size in results["sizes"].values():
         for method, part in size["methods"].items():
