@@ -65,9 +65,10 @@ def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
 def preference_pairs(path: Path, experiment: str = "default", model: str | None = None) -> list[dict]:
     """New training rows {prompt, chosen, rejected} from feedback, in the course's format, each once.
 
-    Only answers whose latest feedback gives consent count, with `model` only that model's. On one
-    prompt, an answer with more thumbs up than down is better than one with more down than up; an answer with as many of both says nothing. A correction is better than
-    the answer it corrects. Where two pairs contradict each other, both are left out.
+    Only answers whose latest feedback gives consent count, and with `model` only that model's. On one prompt, an answer
+    with more thumbs up than down is better than one with more down than up; an answer with as many of both says
+    nothing. A correction is better than the answer it corrects. Where two pairs contradict each other, both
+    are left out.
     """
     votes, corrections = defaultdict(lambda: defaultdict(int)), set()
     for row in answers(path, experiment):
