@@ -4,9 +4,11 @@ Where nobody is there to vote, the rule of the embedded world stands in for peop
 """
 
 import hashlib
+import random
 import re
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -133,6 +135,19 @@ def pairs_in_process(people: RulePeople, answers: list[list[Answer]]) -> list[di
         return preference_pairs(path)
 
 
+def balanced(pairs: list[dict], per_question: int = 2, seed: int = 0) -> list[dict]:
+    """At most so many pairs of each question, drawn at random.
+
+    m liked and n disliked answers to a question make m · n pairs of the same few answers: much-asked questions would
+    outvote the others, and be learnt by heart.
+    """
+    by_question: dict[str, list[dict]] = defaultdict(list)
+    for pair in pairs:
+        by_question[pair["prompt"]].append(pair)
+    draw = random.Random(seed)
+    return [pair for rows in by_question.values() for pair in draw.sample(rows, min(per_question, len(rows)))]
+
+
 # Drift.
 
 
@@ -216,7 +231,7 @@ def round_in_process(lab: Lab, stage: str, prompts: int, users: int, judge: Judg
     """
     sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users, "seed": lab.seed + 1}
     own = generate(lab.load(stage), lab.tokenizer, user_prompts(lab.data.world, prompts), **sizes)
-    pairs = pairs_in_process(RulePeople(lab.data.world), own)
+    pairs = balanced(pairs_in_process(RulePeople(lab.data.world), own), seed=lab.seed)
     before, found = gains(lab, stage, {"round 2": next_round(lab, stage, pairs).model}, judge)
     rate, after = found["round 2"]
     return {"rate": rate, "before": before, "after": after, "pairs": len(pairs)}

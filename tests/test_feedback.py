@@ -9,6 +9,7 @@ from common.evaluation import Answer, WinRate
 from common.feedback import (
     RulePeople,
     alarms,
+    balanced,
     decide,
     drift_limits,
     messages_of,
@@ -142,3 +143,12 @@ def test_pairs_of_one_model_only(lab, tmp_path):
     store.close()
     assert [row["chosen"] for row in preference_pairs(store.path)] == [" Says new."]
     assert preference_pairs(store.path, model="new") == []
+
+
+def test_no_question_has_more_than_its_share():
+    """5 pairs on a and 1 on b: 2 and 1 are left, all of them from before, and the same ones next time."""
+    pairs = [{"prompt": "a", "chosen": str(n), "rejected": "x"} for n in range(5)]
+    pairs.append({"prompt": "b", "chosen": "y", "rejected": "x"})
+    left = balanced(pairs, per_question=2)
+    assert [row["prompt"] for row in left] == ["a", "a", "b"] and all(row in pairs for row in left)
+    assert left[0] != left[1] and left == balanced(pairs, per_question=2)
