@@ -124,12 +124,17 @@ def frontier(points: dict[str, dict], xlabel: str, ylabel: str, title: str = "")
             best = point["rate"]
             stairs.append((point["cost"], best))
     ax.plot(*zip(*stairs, strict=True), color=GREY, linewidth=6, alpha=0.35, label="the frontier", zorder=0)
+    width, height = np.ptp([p["cost"] for p in points.values()]) or 1, np.ptp([p["rate"] for p in points.values()]) or 1
+    named: list[dict] = []
     for name, point in points.items():
         colour = COLOURS.get(name, PALETTE[-1])
+        apart = [(abs(p["cost"] - point["cost"]) / width, abs(p["rate"] - point["rate"]) / height) for p in named]
+        near = any(x < 0.25 and y < 0.12 for x, y in apart)
+        side, named = (-16 if near else 6), [*named, point]  # a name below its point where one is above
         if point["low"] is not None:
             ax.plot([point["cost"]] * 2, [point["low"], point["high"]], color=colour, linewidth=3, alpha=0.5)
         ax.plot(point["cost"], point["rate"], "o", color=colour, markersize=8)
-        ax.annotate(name, (point["cost"], point["rate"]), xytext=(9, 6), textcoords="offset points", fontsize=9)
+        ax.annotate(name, (point["cost"], point["rate"]), xytext=(9, side), textcoords="offset points", fontsize=9)
     ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
     ax.margins(x=0.2, y=0.12)
     ax.set_xlim(left=0)
