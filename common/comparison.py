@@ -111,8 +111,9 @@ def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
         expected = wanted.get(what) or (next(iter(values.values())) if values else None)
         odd = [stage for stage, value in values.items() if value != expected]
         if odd:
+            told = "other pairs than the others" if what == "pairs" else f"another {what} than is here"
             raise BrokenLineage(
-                f"{', '.join(odd)}: trained with another {what} than {'the others' if what == 'pairs' else 'is here'}; "
+                f"{', '.join(odd)}: trained with {told}; "
                 f"no fair comparison. Train again: {'; '.join(lab.train_command(stage) for stage in odd)}"
             )
 
