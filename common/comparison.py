@@ -7,12 +7,14 @@ its own, so that several can run at once in processes of their own, and what is 
 import inspect
 import json
 import os
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
 from itertools import combinations, pairwise
 from multiprocessing import get_context
+from pathlib import Path
 from statistics import mean, stdev
 
 import torch
@@ -107,14 +109,16 @@ def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
         if stage_of(stage).rows == "pairs":
             found["pairs"][stage] = parts["data"]
     wanted = {"base": lab.fingerprint_of("base"), "tokenizer": lab.tokenizer_digest()}
+    if not any(runs.values()):  # no run of other pairs among them: they must be the profile's own
+        wanted["pairs"] = digest([lab.train_pairs.to_list(), lab.test_pairs.to_list()])
     for what, values in {"base": roots, **found}.items():
-        expected = wanted.get(what) or (next(iter(values.values())) if values else None)
+        expected = wanted.get(what) or Counter(values.values()).most_common(1)[0][0]
         odd = [stage for stage, value in values.items() if value != expected]
         if odd:
-            told = "other pairs than the others" if what == "pairs" else f"another {what} than is here"
+            told = "other pairs than the rest" if what == "pairs" else f"another {what} than is here"
+            again = [lab.train_command(stage) for stage in odd if not runs[stage]] or ["the cell that made it"]
             raise BrokenLineage(
-                f"{', '.join(odd)}: trained with {told}; "
-                f"no fair comparison. Train again: {'; '.join(lab.train_command(stage) for stage in odd)}"
+                f"{', '.join(odd)}: trained with {told}; no fair comparison. Train again: {'; '.join(again)}"
             )
 
 
@@ -136,9 +140,11 @@ def run_arm(profile: Profile, seed: int, arm: Arm) -> dict:
     lab = Lab(profile, seed)
     ready(lab)
     runs = train_arm(lab, arm)
-    key = digest([{stage: run.record["fingerprint"] for stage, run in runs.items()}, profile.samples, profile.held_out])
+    trained = {stage: run.record["fingerprint"] for stage, run in runs.items()}
+    source = Path(__file__).read_text(encoding="utf-8")  # how it is measured
+    key = digest([trained, profile.samples, profile.held_out, source])
     path = lab.folder / "arms" / f"{arm.name}.json"
-    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8")))["key"] == key:
+    if path.exists() and (before := json.loads(path.read_text(encoding="utf-8"))).get("key") == key:
         return before
     report = measure_runs(lab, runs, judge_of(lab)) | {"arm": asdict(arm), "key": key}
     write_json(path, report)
@@ -198,7 +204,7 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
                 for future in as_completed(waiting):
                     keep(*waiting[future], future.result())
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
+                pool.shutdown(cancel_futures=True)  # what runs now ends first: two must never write one folder
                 raise
     bar.close()
     return {name: [found[seed] for seed in seeds] for name, found in reports.items()}

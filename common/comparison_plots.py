@@ -10,7 +10,7 @@ COLOURS = dict(zip(("SFT", "λ = 0", "DPO plain", "DPO + NLL", "ORPO"), PALETTE,
 
 MEMORY_PARTS = {  # key of `costs.measure_method` → how it is called
     "weights_bytes": "weights", "reference_bytes": "reference", "gradient_bytes": "gradients",
-    "optimizer_bytes": "optimiser state", "rest_bytes": "activations, logits, scratch",
+    "optimizer_bytes": "optimiser state", "rest_bytes": "the rest of the peak",
 }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_a_missing_model_is_refused_with_the_command_that_makes_it(lab):
 
 def test_other_pairs_are_refused_and_the_odd_one_is_named(lab):
     train(lab, "orpo", sweep="others", pairs=lab.data.train.select(range(16)), evaluations=1)
-    with pytest.raises(BrokenLineage, match=r"^orpo: trained with other pairs than the others"):
+    with pytest.raises(BrokenLineage, match=r"^orpo: trained with other pairs than the rest"):
         check_comparable(lab, {"sft": None, "orpo_lambda0": None, "orpo": "others"})
 
 

@@ -89,15 +89,15 @@ def quality_markdown(results: dict) -> str:
         for name, heading in QUALITY_MEASURES.items():
             cells = [mean_and_spread(values[name], values["std"][name]) for values in models.values()]
             lines.append(f"| {heading} | " + " | ".join(cells) + " |")
-        lines += ["", "Head to head: " + "; ".join(
-            f"`{first}` against `{second}` {mean_and_spread(rate['rate'], rate['std'])}"
+        basis = "over seeds" if len(reports) > 1 else "over prompts"
+        lines += ["", f"Head to head, 95 % interval {basis}: " + "; ".join(
+            f"`{first}` against `{second}` {rate_cell(rate)}"
             for first, second in (("orpo", "dpo"), ("orpo", "orpo_lambda0"), ("dpo", "orpo_lambda0"))
             for rate in [rates[f"{first}_vs_{second}"]]
         ) + "."]  # fmt: skip
         for name, arm in result["arms"].items():
             rate = arm["win_rate"]["orpo_vs_orpo_lambda0"]
-            against = mean_and_spread(rate["rate"], rate["std"])
-            lines.append(f"On {name} pairs: `orpo` against `orpo_lambda0` {against}.")
+            lines.append(f"On {name} pairs: `orpo` against `orpo_lambda0` {rate_cell(rate)}.")
         lines.append("")
     return "\n".join(lines)
 
@@ -163,7 +163,11 @@ def comparison_markdown(results: dict) -> str:
         counted = "; ".join(f"{name} {values['counted']:.3f} (formula {values['formula']:.3f})"
                             for name, values in ratio.items() if name != "passes")  # fmt: skip
         lines += [f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {ratio['passes']:.3f}.", ""]
-        lines += [*_flaw_rates(report), *_memory(report["memory"])]
+        lines += _flaw_rates(report)
+        if "twice" in report["arms"]:
+            rate = report["arms"]["twice"]["win_rate"]["orpo_vs_orpo_lambda0"]
+            lines += [f"ORPO against λ = 0 trained twice as long: {rate_cell(rate)}.", ""]
+        lines += _memory(report["memory"])
     return "\n".join(lines)
 
 
