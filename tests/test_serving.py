@@ -12,7 +12,7 @@ from serving_tools import save_chat_model
 from transformers import AutoTokenizer
 
 from common.models import CHAT_TEMPLATE
-from common.serving.__main__ import gateway_of, named, parse
+from common.serving.__main__ import gateway_of, main, named, parse
 from common.serving.engine import Engine
 from common.serving.limits import Limits, RateLimit, Refusal, Slots, caller, is_loopback, read_keys
 from common.serving.prompts import PromptFormat, check_folder, prompt_text
@@ -137,6 +137,23 @@ def test_without_keys_no_other_address_is_bound(model, tmp_path, monkeypatch):
     gateway.store.close()
 
 
+def test_no_port_is_opened_before_the_keys_are_checked(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("LAB_API_KEYS", raising=False)
+    monkeypatch.setattr("socket.create_server", lambda *_, **__: pytest.fail("a port was opened"))
+    store = str(tmp_path / "s.sqlite")
+    assert main(["--model", str(model), "--host", "0.0.0.0", "--store", store]) == 2
+    assert "Set LAB_API_KEYS" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [
+    ("--timeout", "-1"), ("--concurrency", "0"), ("--queue", "-1"), ("--retention-days", "-1"),
+])  # fmt: skip
+def test_a_limit_that_makes_no_sense_is_refused_whatever_the_queue(model, tmp_path, wrong):
+    """A queue of 0 is a choice, nobody waits; it says nothing of the other limits."""
+    with pytest.raises(ValueError, match="above 0|0 or larger"):
+        gateway_of(options_of(model, tmp_path, "--queue", "0", *wrong))
+
+
 def test_the_command_ends_with_one_sentence_where_it_cannot_serve(tmp_path):
     """As a process: status 2, no traceback, and what to do."""
     command = [sys.executable, "-m", "common.serving", "--port", "0", "--model", str(tmp_path / "none")]
@@ -175,6 +192,7 @@ def test_an_engine_that_already_runs_keeps_its_model_s_name(tmp_path):
 
 @pytest.mark.parametrize(("change", "said"), [
     (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights are not served"),
+    (lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"), "Pickled weights are not served"),
     (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
     (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "Merge it"),
     (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),

@@ -80,6 +80,8 @@ def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
     (ASK | {"temperature": 3}, "temperature", "from 0 to 2"), (ASK | {"n": 2}, "n", "does not support n"),
     (ASK | {"best_of": 2}, "best_of", "does not know"), (ASK | {"stream": "yes"}, "stream", "true or false"),
     (ASK | {"user": 7}, "user", "must be text"),
+    (ASK | {"temperature": 10**400}, "temperature", "from 0 to 2"),
+    (b'{"temperature": NaN}', "messages", "must be a list"), (b'{"user": "\\ud800"}', None, "not valid JSON"),
 ])  # fmt: skip
 def test_a_wrong_request_is_told_what_to_change_and_never_reaches_the_engine(shared, body, param, said):
     before, sent = shared.fake.started, {"json": body} if isinstance(body, dict) else {"content": body}
@@ -161,7 +163,18 @@ def test_each_key_has_its_own_rate(tmp_path, fake):
         assert bench.post(json=ASK, headers=theirs).status_code == 200
 
 
-def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path):
+@pytest.fixture
+def many_files():
+    """Both ends of 1,000 connections are in this process: more open files than many shells allow at first."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
     """Capacity: 10 running and 90 waiting. 1,000 arrive at once; each is answered, or refused at once with 429."""
     fake = FakeEngine(seconds=0.02)
     with gateway(tmp_path, fake, concurrency=10, queue=90) as bench:

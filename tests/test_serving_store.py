@@ -131,7 +131,12 @@ def test_old_texts_are_forgotten_unless_there_is_consent(store):
     rate(store, "consenting", 1)
     rate(store, "withdrawn", 1)
     rate(store, "withdrawn", 1, consent=False)
+    with closing(sqlite3.connect(store.path)) as file, file:
+        file.execute("UPDATE feedback SET correction = 'my own words'")
     assert store.forget(7).result() == 2 and store.forget(7).result() == 0
+    with closing(sqlite3.connect(store.path)) as file:
+        left = file.execute("SELECT request_id FROM feedback WHERE correction IS NOT NULL").fetchall()
+    assert left == [("consenting",)] and store.path.stat().st_mode & 0o077 == 0
     kept = {row["id"]: row["answer"] for row in answers(store.path)}
     assert kept == {"plain": None, "consenting": " Yes.", "withdrawn": None, "new": " Yes."}
     assert len(preference_pairs(store.path)) == 0

@@ -87,7 +87,9 @@ def gateway_of(options: argparse.Namespace) -> Gateway:
         options.body_bytes, options.max_tokens, options.requests_per_minute, options.concurrency, options.queue,
         options.timeout,
     )  # fmt: skip
-    if min(vars(limits).values()) <= 0 and options.queue != 0:
+    if options.queue < 0 or options.retention_days < 0:
+        raise ValueError("--queue and --retention-days must be 0 or larger.")
+    if min(value for name, value in vars(limits).items() if name != "queue") <= 0:
         raise ValueError("Limits must be above 0 (--queue may be 0: then nobody waits).")
     if options.temperature < 0:
         raise ValueError("--temperature must be 0 or larger.")
@@ -120,9 +122,9 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
+        gateway = gateway_of(options)  # it refuses before any port is open
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
-        gateway = gateway_of(options)
     except (OSError, ValueError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

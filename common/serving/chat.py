@@ -1,7 +1,6 @@
 """What a chat request may ask, checked by hand so that every message says what to change; and OpenAI's answers."""
 
 import json
-import math
 import time
 from dataclasses import dataclass, field
 
@@ -39,6 +38,7 @@ def read_object(body: bytes) -> dict:
     """The JSON object in a request's body. Raises: Refusal (400)."""
     try:
         found = json.loads(body)
+        json.dumps(found, ensure_ascii=False).encode()  # half a surrogate pair is no text, and no file could keep it
     except (ValueError, RecursionError) as error:
         detail = str(error) if isinstance(error, ValueError) else "nested too deeply"
         raise Refusal(400, "invalid_json", f"The body is not valid JSON: {detail[:200]}.") from error
@@ -85,7 +85,7 @@ def read_options(body: dict) -> dict:
     options = {}
     for name, (low, high) in SAMPLING.items():
         if (value := body.get(name)) is not None:
-            if type(value) not in (int, float) or not math.isfinite(value) or not low <= value <= high:
+            if type(value) not in (int, float) or not low <= value <= high:  # NaN is not between either
                 raise wrong(name, f"{name} must be a number from {low:g} to {high:g}, not {str(value)[:40]}.")
             options[name] = float(value)
     if (seed := body.get("seed")) is not None:

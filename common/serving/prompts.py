@@ -31,8 +31,8 @@ def check_folder(folder: Path) -> None:
     missing = [name for name in ("config.json", "tokenizer.json") if not (folder / name).exists()]
     if missing:
         raise ValueError(f"{folder} has no {' and no '.join(missing)}. Save model and tokenizer with save_pretrained.")
-    if not list(folder.glob("*.safetensors")):
-        raise ValueError(f"{folder} has no *.safetensors. Pickled weights are not served: save the model again.")
+    if not any((folder / name).exists() for name in ("model.safetensors", "model.safetensors.index.json")):
+        raise ValueError(f"{folder} has no model.safetensors. Pickled weights are not served: save the model again.")
     if any("auto_map" in read_json(folder / name) for name in ("config.json", "tokenizer_config.json")):
         raise ValueError(f"{folder} asks for remote code (auto_map). It is not run: remove it, or convert the model.")
 

@@ -75,6 +75,7 @@ class Store:
     def _open(self, max_bytes: int) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch(mode=0o600)  # prompts are nobody else's to read; SQLite's log files get the same mode
             # Two connections: a request need not wait for the disk, feedback must. (An fsync covers both: one log.)
             self.quick, self.safe = (self._connect(level, max_bytes) for level in ("NORMAL", "FULL"))
             version = self.safe.execute("PRAGMA user_version").fetchone()[0]
@@ -134,17 +135,21 @@ class Store:
         return self._submit(work)
 
     def forget(self, days: float) -> Future:
-        """Removes prompts and answers older than `days`, except where the user's latest feedback gives consent.
+        """Removes texts older than `days`, corrections too, except where the user's latest feedback gives consent.
 
-        The future gives how many were removed. Counts and times stay.
+        The future gives of how many requests. Counts and times stay.
         """
+        old = (
+            "created < ? AND NOT "
+            "COALESCE((SELECT consent FROM feedback WHERE request_id = requests.id ORDER BY id DESC LIMIT 1), 0)"
+        )
+        corrections = f"UPDATE feedback SET correction = NULL WHERE request_id IN (SELECT id FROM requests WHERE {old})"
+        texts = f"UPDATE requests SET messages = NULL, answer = NULL WHERE messages IS NOT NULL AND {old}"
 
         def work() -> int:
-            return self.quick.execute(
-                "UPDATE requests SET messages = NULL, answer = NULL WHERE created < ? AND messages IS NOT NULL AND NOT "
-                "COALESCE((SELECT consent FROM feedback WHERE request_id = requests.id ORDER BY id DESC LIMIT 1), 0)",
-                (time.time() - days * 86400,),
-            ).rowcount
+            before = (time.time() - days * 86400,)
+            self.quick.execute(corrections, before)
+            return self.quick.execute(texts, before).rowcount
 
         return self._submit(work)
 
