@@ -12,6 +12,7 @@ import pytest
 from openai import APIError, OpenAI
 from serving_tools import ASK, WORDS, FakeEngine, gateway, now, until
 
+from common.serving.app import EventStream
 from common.serving.reports import answers
 
 JSON = {"content-type": "application/json"}
@@ -356,3 +357,41 @@ def test_threads_end_with_the_gateway(tmp_path, fake):
     with gateway(tmp_path, fake) as bench:
         bench.post(json=ASK)
     until(lambda: threading.active_count() <= before, "end of all threads")
+
+
+def test_a_body_that_does_not_come_is_given_up(tmp_path, fake):
+    """Half a body, and then nothing: after the time limit of 1 s the answer is 408."""
+    with gateway(tmp_path, fake, timeout=1) as bench:
+        host, port = bench.root.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as line:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            line.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b"{")
+            assert line.recv(4096).startswith(b"HTTP/1.1 408")
+        assert bench.post(json=ASK).status_code == 200
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_its_source_closed():
+    """A send that never returns, as towards a client with a full buffer."""
+    closed = []
+
+    async def source():
+        try:
+            yield "text"
+        finally:
+            closed.append(True)
+
+    async def events(pieces):
+        async for piece in pieces:
+            yield piece.encode()
+
+    async def stuck(message):
+        await asyncio.Event().wait()
+
+    async def run():
+        pieces = source()
+        await anext(pieces)
+        stream = EventStream(events(pieces), pieces, {}, seconds=0.05)
+        await asyncio.wait_for(stream({"type": "http", "asgi": {"spec_version": "2.4"}}, stuck, stuck), 20)
+
+    asyncio.run(run())
+    assert closed == [True]

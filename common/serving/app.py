@@ -3,12 +3,13 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from common.serving import chat
 from common.serving.gateway import AUTO, CLIENT_GONE, Exchange, Gateway
@@ -23,15 +24,20 @@ class ClientGone(Exception):
 
 
 class EventStream(StreamingResponse):
-    """A streamed response that closes its source, begun or not: a client that hangs up frees its place at once."""
+    """A streamed response that closes its source, begun or not: a client that hangs up frees its place at once.
 
-    def __init__(self, events: AsyncIterator[bytes], source: AsyncIterator[str], headers: dict):
+    One that stays but does not read is cut off after `seconds`: it must not hold a place for ever.
+    """
+
+    def __init__(self, events: AsyncIterator[bytes], source: AsyncIterator[str], headers: dict, seconds: float):
         super().__init__(events, media_type="text/event-stream", headers=headers)
-        self.source = source
+        self.source, self.seconds = source, seconds
 
     async def __call__(self, scope, receive, send) -> None:
         async with aclosing(self.source), aclosing(self.body_iterator):
-            await super().__call__(scope, receive, send)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(self.seconds):
+                    await super().__call__(scope, receive, send)
 
 
 async def while_connected(request: Request, work: Coroutine):
@@ -53,10 +59,11 @@ async def while_connected(request: Request, work: Coroutine):
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body of a JSON request, never more than `most` bytes of it.
 
-    Raises: Refusal (413), and (415) for a form: any web page may post a form to this machine, but no JSON.
+    Raises: Refusal (413); (408) if it has not come after `seconds`; and (415) for a form: any web page may post a form
+        to this machine, but no JSON. ClientGone if the client hangs up in the middle.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "unsupported_media_type", "Send JSON, with the header 'Content-Type: application/json'.")
@@ -64,10 +71,17 @@ async def read_body(request: Request, most: int) -> bytes:
     size = int(length) if length.isdecimal() else 0
     if size <= most:
         size = 0
-        async for part in request.stream():
-            parts.append(part)
-            if (size := size + len(part)) > most:
-                break
+        try:
+            async with asyncio.timeout(seconds):
+                async for part in request.stream():
+                    parts.append(part)
+                    if (size := size + len(part)) > most:
+                        break
+        except TimeoutError:
+            said = f"The body did not come within {seconds:g} s. Send it again."
+            raise Refusal(408, "request_timeout", said) from None
+        except ClientDisconnect:
+            raise ClientGone from None
     if size > most:
         raise Refusal(413, "body_too_large", f"The body is larger than {most} bytes. Send less.")
     return b"".join(parts)
@@ -90,6 +104,9 @@ def build_app(gateway: Gateway) -> FastAPI:
         title="Gateway", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None,
         telemetry={"tracing": False, "metrics": False},
     )  # fmt: skip
+
+    async def body_of(request: Request) -> bytes:
+        return await read_body(request, gateway.limits.body_bytes, gateway.limits.timeout)
 
     def refuse(request: Request, refusal: Refusal) -> JSONResponse:
         if not getattr(request.state, "exchange", None):  # an exchange counts itself
@@ -122,7 +139,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     async def chat_completions(request: Request):
         started, request.scope["counted_as"] = time.monotonic(), "chat"
         name = gateway.admit(request)
-        asked = chat.read_chat(await read_body(request, gateway.limits.body_bytes), gateway.limits)
+        asked = chat.read_chat(await body_of(request), gateway.limits)
         user = pseudonym(gateway.experiment, asked.user) if asked.user else None
         model, assigned = gateway.assign(asked.model, user)
         gateway.engines[model].check_options(asked.options)
@@ -132,7 +149,7 @@ def build_app(gateway: Gateway) -> FastAPI:
             return JSONResponse(await while_connected(request, exchange.whole()), headers=exchange.headers)
         pieces = exchange.pieces()
         first = await while_connected(request, anext(pieces, None))  # errors until here have a status of their own
-        return EventStream(exchange.events(pieces, first), pieces, exchange.headers)
+        return EventStream(exchange.events(pieces, first), pieces, exchange.headers, gateway.limits.timeout + 5)
 
     @app.get("/v1/models")
     async def models(request: Request):
@@ -144,7 +161,7 @@ def build_app(gateway: Gateway) -> FastAPI:
     async def feedback(request: Request):
         request.scope["counted_as"] = "feedback"
         name = gateway.admit(request)
-        given = read_feedback(chat.read_object(await read_body(request, gateway.limits.body_bytes)))
+        given = read_feedback(chat.read_object(await body_of(request)))
         try:
             model = await asyncio.wrap_future(gateway.store.add_feedback(caller=name, **given))
         except UnknownRequest as error:

@@ -21,6 +21,7 @@ from common.serving.prompts import PromptFormat
 
 log = logging.getLogger("common.serving")
 LINE_LIMIT = 1_000_000  # bytes of one line from the engine; a longer one is nonsense
+SECRETS = ("LAB_API_KEYS", "LAB_ENGINE_KEY")  # of the gateway alone: its engine needs neither
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 WATCH_SECONDS, START_SECONDS, HANG_SECONDS = 2.0, 600.0, 30.0
 
@@ -91,8 +92,9 @@ class Engine:
         if self.format.context:
             options += ["--context", str(self.format.context)]
         worker = Path(__file__).with_name("worker.py")
+        kept = {name: value for name, value in os.environ.items() if name not in SECRETS}
         self.process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", str(worker), *options, cwd=self.folder, env={**os.environ, **OFFLINE},
+            sys.executable, "-P", str(worker), *options, cwd=self.folder, env={**kept, **OFFLINE},
             stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
             limit=LINE_LIMIT, start_new_session=True,  # Ctrl-C reaches the gateway alone, which lets streams finish
         )  # fmt: skip
