@@ -125,6 +125,9 @@ def main(arguments: list[str] | None = None) -> int:
         gateway = gateway_of(options)  # it refuses before any port is open
         family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
         listener = socket.create_server((options.host, options.port), family=family, backlog=2048)
+        # asyncio sets this only where the socket names its protocol, which this one does not. Without it the second
+        # packet of an answer waits for the client's acknowledgement: 40 ms.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except (OSError, ValueError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
