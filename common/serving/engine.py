@@ -52,7 +52,7 @@ class Engine:
         self.restarts, self.last_lines = 0, deque(maxlen=30)
         # Idle connections are dropped before the engine drops them (uvicorn: 5 s): no request meets a closed one.
         self.client = httpx.AsyncClient(
-            timeout=httpx.Timeout(None, connect=5), trust_env=folder is None,
+            timeout=None, trust_env=folder is None,  # each request has its own deadline
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=limits.concurrency, keepalive_expiry=2),
             headers={"authorization": f"Bearer {key}"} if key else {},
         )  # fmt: skip
@@ -213,7 +213,7 @@ class Engine:
 
     async def _connect(self, body: dict, deadline: float) -> httpx.Response:
         """The engine's answer up to its headers. While the engine is being started again, the request waits."""
-        patience = min(deadline, time.monotonic() + self.limits.engine_wait)
+        patience, again = min(deadline, time.monotonic() + self.limits.engine_wait), True
         while True:
             try:
                 async with asyncio.timeout(patience - time.monotonic()):
@@ -230,6 +230,10 @@ class Engine:
             except httpx.ConnectError:  # it has just died, and nobody has noticed yet
                 self.ready.clear()
                 await asyncio.sleep(0.05)
+            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
+                if not again:
+                    raise
+                again = False  # it was a kept connection that the engine had just dropped: once more, on another
 
     async def answer(self, request: ChatRequest, tokens: int, deadline: float) -> AsyncIterator[dict]:
         """Pieces of the answer: {"text"} each, then {"reason", "usage"}. `deadline` is in `time.monotonic()` seconds.
