@@ -6,7 +6,6 @@ import weakref
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 import transformers as hf
 from tiny import assert_same, gpt2, naive_token_logps, ragged_rows
@@ -18,7 +17,7 @@ from common.loop import Trainer
 from common.losses import objective, scored_tokens
 from common.plots import packed_pair
 from common.profiles import PROFILES, Recipe
-from common.runs import Lab, read_metrics
+from common.runs import read_metrics
 from common.training import train as train_stage
 
 ROWS = ragged_rows(8)
@@ -350,14 +349,8 @@ def test_other_users_of_sdpa_attention_are_left_alone():
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A very small lab with its base and SFT model trained. Tests keep their own runs in sweeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        lab = Lab(tiny.micro_profile())
-        train_stage(lab, "base")
-        train_stage(lab, "sft")
-        yield lab
+def lab(trained_lab):
+    return trained_lab
 
 
 def make_trainer(lab, folder, stage: str = "dpo", dtype=torch.float64, attention="sdpa", parent="sft", **changes):

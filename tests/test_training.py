@@ -34,14 +34,8 @@ LN2 = math.log(2)
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory):
-    """A very small lab with its base and SFT model trained. Tests keep their own runs in sweeps."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        lab = Lab(tiny.micro_profile())
-        train_stage(lab, "base")
-        train_stage(lab, "sft")
-        yield lab
+def lab(trained_lab):
+    return trained_lab
 
 
 def weights_file(folder: Path) -> bytes:
