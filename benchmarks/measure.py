@@ -142,15 +142,15 @@ def memory_of(task: dict) -> dict:
     return found | {"held_bytes": memory.held - before}
 
 
-def memory_in_own_process(task: dict) -> dict:
+def memory_in_own_process(task: dict, default_allocator: bool = False) -> dict:
     """`memory_of`, in a process of its own. Raises: RuntimeError with its last words.
 
-    glibc is told to give every larger block back when it is freed: resident memory is then what the step holds. Left
-    alone it keeps freed activations in its heap and takes new memory for the gradients.
+    glibc is told to give every larger block back when it is freed: resident memory is then what the step holds. With
+    `default_allocator` it keeps freed activations in its heap, takes new memory for the gradients, and holds more.
     """
     command = [sys.executable, "-m", "benchmarks.measure"]
     root = Path(__file__).resolve().parents[1]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    environment = os.environ | ({} if default_allocator else {"MALLOC_MMAP_THRESHOLD_": "65536"})
     done = subprocess.run(command, input=json.dumps(task), capture_output=True, text=True, cwd=root, env=environment)
     if done.returncode:
         words = done.stderr.strip().splitlines()[-1:] or ["it said nothing: perhaps memory ran out"]

@@ -73,18 +73,29 @@ def measure_part(size: dict, method: str, names: list[str], lengths: list, repet
 
 
 def measure_memory(part: dict, size: dict, method: str, device: str) -> dict:
-    """{variant: what `memory_of` gives}, each in a process of its own, two at a time on a CPU with two cores."""
-    names = [name for name in part["variants"] if name in NEEDED or size["name"] != QUICK["name"]]
+    """{variant: what `memory_of` gives}, each in a process of its own, two at a time on a CPU with two cores.
+
+    On a CPU those that the bars compare are measured once more as "default_allocator".
+    """
     if device == "cpu" and sys.platform != "linux":
         return {}
-    tasks = [{"size": size, "lengths": part["lengths"], "device": device, "method": method, "name": name, "repeats": 3}
-             for name in names]  # fmt: skip
+    names = [name for name in part["variants"] if name in NEEDED or size["name"] != QUICK["name"]]
+    jobs = [(name, False) for name in names] + [(name, True) for name in NEEDED if device == "cpu"]
+
+    def measure(job: tuple[str, bool]) -> dict:
+        task = {"size": size, "lengths": part["lengths"], "device": device, "method": method, "name": job[0]}
+        return memory_in_own_process(task | {"repeats": 3}, default_allocator=job[1])
+
     found = {}
     with ThreadPoolExecutor(1 if device == "cuda" else min(2, os.cpu_count())) as pool:
-        for name, memory in zip(names, pool.map(memory_in_own_process, tasks), strict=True):
+        for (name, default), memory in zip(jobs, pool.map(measure, jobs), strict=True):
             peak, growth = (max(memory[f"{what}_bytes"]) / 1e9 for what in ("peak", "growth"))
-            say(f"{method}, {size['name']}, {name}: peak {peak:.2f} GB, growth {growth:.2f} GB")
-            found[name] = memory
+            extra = ", glibc as it is" if default else ""
+            say(f"{method}, {size['name']}, {name}{extra}: peak {peak:.2f} GB, growth {growth:.2f} GB")
+            if default:
+                found[name]["default_allocator"] = memory
+            else:
+                found[name] = memory
     return found
 
 

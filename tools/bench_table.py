@@ -45,6 +45,17 @@ def _row(part: dict, name: str, label: str, clock: str) -> list[str]:
             f"{errors['float64']['gradient']:.0e}", f"{errors['float32']['gradient']:.0e}"]  # fmt: skip
 
 
+def default_allocator_line(part: dict) -> list[str]:
+    """What packed and TRL take where glibc keeps freed blocks, if it was measured."""
+    kept = [part["variants"][name].get("memory", {}).get("default_allocator") for name in ("packed", "trl")]
+    if None in kept:
+        return []
+    peaks, growths = ([median(memory[f"{what}_bytes"]) / GB for memory in kept] for what in ("peak", "growth"))
+    return ["", "With glibc as it is, which keeps freed blocks: packed peaks at "
+            f"{peaks[0]:.2f} GB ({peaks[0] / peaks[1]:.2f}× TRL's), growth {growths[0]:.2f} GB "
+            f"({growths[0] / growths[1]:.2f}×)."]  # fmt: skip
+
+
 def verdicts(bars: list[dict]) -> list[str]:
     """The bars as a table, a missed one marked."""
     rows = [["bar", "measured", "wanted", ""]]
@@ -84,6 +95,7 @@ def step_markdown(results: dict) -> str:
             rows = [_row(part, name, variant["label"], clock) for name, variant in part["variants"].items()]
             title = f"**{METHODS[method]}, {size['name']}**, vocabulary {size['vocabulary']}, batch {size['batch']}"
             lines += ["", f"{title}, {size['pairs']} pairs per repetition:", "", *table([heads, *rows])]
+            lines += default_allocator_line(part)
     lines += ["", *[f"Not run: {reason}." for reason in results["not_run"]]]
     if results["bars"]:
         lines += ["", *verdicts(results["bars"])]
