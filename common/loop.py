@@ -10,7 +10,8 @@ from pathlib import Path
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import get_scheduler
@@ -44,8 +45,11 @@ class Trainer:
         # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
         processes.check_launch(self.accelerator)
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and (lab.profile.lora or stage.endswith("_lora")):
+            raise processes.LaunchError("FSDP is for full fine-tuning here. LoRA fits one GPU: use torchrun.")
         count, batch = self.accelerator.num_processes, min(recipe.batch_size, len(rows))
-        divided = processes.shares(count, batch, recipe.micro_batch, stage_of(stage).rows)
+        divided = processes.shares(count, batch, recipe.micro_batch, stage_of(stage).rows, self.sharded)
         if self.accelerator.is_main_process and (count > 1 or batch > recipe.micro_batch):
             print(f"{stage}: {divided}")
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
@@ -65,8 +69,11 @@ class Trainer:
         if self.method in ("dpo", "orpo", "reward"):  # noise in the policy alone would move it off its reference
             models.disable_dropout(self.model)
         self.model.config.pad_token_id = self.pad
+        if self.sharded and reference is not None:
+            reference = fsdp2_prepare_model(self.accelerator, reference)
         self.reference, self.held_out_reference, self.reference_answers = reference, None, None
-        self.path = self.choose_path()
+        if not self.sharded:
+            self.path = self.choose_path()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
         if profile.optimizer == "paged_adamw_8bit" and torch.cuda.is_available():
@@ -79,6 +86,8 @@ class Trainer:
         self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.sharded:  # before, its weights were on the CPU
+            self.path = self.choose_path()
         if self.method == "dpo" and recipe.cache_reference:
             cache_reference(self)
 
@@ -276,8 +285,8 @@ class Trainer:
         """Keeps the best weights so far; stops when the held-out loss has not improved for `patience` evaluations."""
         if row["held_out_loss"] < self.state["best"]:
             self.state |= {"best": row["held_out_loss"], "since_best": 0, "best_step": row["step"]}
-            if self.recipe.keep_best and main:
-                checkpoints.save_best(self.model, self.folder)
+            if self.recipe.keep_best:
+                checkpoints.save_best(self.model, self.folder, main)
         else:
             self.state["since_best"] += 1
             if self.recipe.patience and self.state["since_best"] >= self.recipe.patience:

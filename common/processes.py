@@ -33,6 +33,16 @@ def of_all(value) -> list:
     return values
 
 
+def explained(error: Exception) -> str:
+    """An error in words. Where a process lost another one, the network's words say little."""
+    if isinstance(error, dist.DistError) or "/gloo/" in str(error):
+        return (
+            "the connection to another process broke, most likely because that one ended: what it printed, or the "
+            "launcher's report, says why. The same command with --resume goes on from the newest checkpoint."
+        )
+    return str(error)
+
+
 def leave() -> None:
     """Parts from the other processes at the end of a run that went well. After an error the launcher ends them."""
     if dist.is_available() and dist.is_initialized():
@@ -55,11 +65,16 @@ def check_launch(accelerator) -> None:
         )
 
 
-def shares(processes: int, batch: int, micro_batch: int, rows: str) -> str:
-    """How a step of so many rows is divided, in words. Args: `rows`: what they are called.
+def shares(processes: int, batch: int, micro_batch: int, rows: str, sharded: bool = False) -> str:
+    """How a step of so many rows is divided, in words. Args: `rows`: what they are called; `sharded`: by FSDP.
 
-    Raises: LaunchError where a process would have none.
+    Raises: LaunchError where a process would have none or, sharded, where not all have the same number: each forward
+        pass then waits for the other processes.
     """
+    if sharded and batch % processes:
+        raise LaunchError(
+            f"Under FSDP, {batch} {rows} a step must be a multiple of the {processes} processes: --set batch_size=…"
+        )
     if batch < processes:
         raise LaunchError(
             f"{batch} {rows} a step cannot be divided among {processes} processes. Raise batch_size "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from common import held_out
+from common.checkpoints import whole
 from common.evaluation import logps_of
 from common.logprobs import PairLogps, SideLogps
 from common.processes import of_all, of_main, place
@@ -24,7 +26,7 @@ def weights_digest(model) -> str:
     for name, weight in model.named_parameters():
         if "lora_" not in name:
             found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(whole(weight).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
@@ -52,12 +54,14 @@ def reference_columns(
         return {name: saved[name] for name in COLUMNS.values()}, saved["cost"]
     wall, cpu = time.perf_counter(), time.process_time()
     with FlopCounterMode(display=False) as counter:
-        logps = logps_of(model, rows[process::processes], pad_id, batch_size, path, "reference" if show else "")
+        mine = rows[process::processes]
+        mine += rows[: math.ceil(len(rows) / processes) - len(mine)]  # as many for all: FSDP computes in lockstep
+        logps = logps_of(model, mine, pad_id, batch_size, path, "reference" if show else "")
     columns = {name: [0.0] * len(rows) for name in COLUMNS.values()}
     found = of_all(({side: getattr(logps, side).sums.tolist() for side in COLUMNS}, counter.get_total_flops()))
     for number, (sums, _) in enumerate(found):
         for side, name in COLUMNS.items():
-            columns[name][number::processes] = sums[side]
+            columns[name][number::processes] = sums[side][: len(rows[number::processes])]
     cost = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     cost["reference_flops"] = sum(flops for _, flops in found)
     if show:

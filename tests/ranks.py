@@ -1,6 +1,8 @@
-"""What each process does in `test_distributed`, under torchrun: a list of runs, and perhaps an end before its time.
+"""What each process does in `test_distributed`: the runs of a list, with the command line's own `main`.
 
-Arguments: JSON, a list of {"stage", "sweep", "settings", "kill" or "fail": a step before which process 1 ends}.
+Argument: JSON, a list of {"stage", "sweep", "settings", "options", "end"}; the last two may be missing. "end" is
+[step, how, processes]: before this step these processes get a SIGKILL ("kill") or raise an error ("fail").
+Ends with the status of the last run.
 """
 
 import json
@@ -11,29 +13,35 @@ import time
 from pathlib import Path
 
 import tiny
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 
 from common.loop import Trainer, TrainingError
 from common.profiles import PROFILES
 from common.train import main
 
 PROFILES["smoke"] = tiny.micro_profile()
-whole = Trainer.step
+if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # Accelerate shards over GPUs only: it is told that these are some
+    PartialState(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+whole_step = Trainer.step
 
 
-def run(stage: str, sweep: str, settings: dict, kill: int = 0, fail: int = 0, extra: tuple = ()) -> int:
-    """Trains a stage with the command line's own `main`."""
+def run(stage: str, sweep: str, settings: dict, options: tuple = (), end: tuple = (0, "", ())) -> int:
+    last, how, processes = end
 
     def step(self):
-        if os.environ["RANK"] == "1" and self.state["step"] + 1 in (kill, fail):
+        if self.state["step"] + 1 == last and int(os.environ["RANK"]) in processes:
             Path(self.folder, "ended").write_text(str(time.time()))
-            if kill:
+            if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
-            raise TrainingError("this process alone has met something")
-        return whole(self)
+            raise TrainingError("the test ends this process here")
+        return whole_step(self)
 
     Trainer.step = step
     changes = [text for name, value in settings.items() for text in ("--set", f"{name}={value}")]
-    return main([stage, "--sweep", sweep, *changes, *extra])
+    return main([stage, "--sweep", sweep, *changes, *options])
 
 
-sys.exit(max(run(**each) for each in json.loads(sys.argv[1])))
+status = [run(**each) for each in json.loads(sys.argv[1])]
+sys.exit(status[-1])
