@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
                 checkpoint_every=options.checkpoint_every, **changes,
             )  # fmt: skip
         except (OSError, RuntimeError, ValueError) as error:
-            where = f" in process {process} of 0 to {count - 1}" if count > 1 else ""
+            where = f" in process {process}" if count > 1 else ""
             print(f"error{where}: {processes.explained(error)}", file=sys.stderr)
             return 1
         for name, value in run.record["final"].items():

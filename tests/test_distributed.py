@@ -159,7 +159,7 @@ def test_a_run_of_two_processes_is_resumed_by_one(lab, failed, capsys):
 def test_an_error_of_one_process_ends_the_job(lab, failed):
     """Its message is there, and the other one, which waited for its gradients, ends too."""
     assert failed.status != 0
-    assert "error in process 1 of 0 to 1: the test ends this process here" in failed.err
+    assert "error in process 1: the test ends this process here" in failed.err
     assert failed.over - float((lab.path("dpo", "failed") / "ended").read_text()) < 30
 
 
@@ -224,12 +224,24 @@ def test_sharding_that_accelerate_does_not_do_is_refused(monkeypatch):
         processes.check_launch(SimpleNamespace(num_processes=1, distributed_type=DistributedType.MULTI_CPU))
 
 
-def test_lora_under_fsdp_is_refused(lab, tmp_path, monkeypatch):
-    fake = SimpleNamespace(num_processes=1, distributed_type=DistributedType.FSDP, is_main_process=True)
-    monkeypatch.setattr(loop, "Accelerator", lambda **options: fake)
-    rows, recipe = lab.train_pairs.to_list(), lab.profile.recipes["dpo"]
-    with pytest.raises(LaunchError, match="LoRA fits one GPU"):
-        Trainer(lab, "dpo_lora", recipe, rows, [], tmp_path)
+@pytest.mark.parametrize(("stage", "kind", "rows", "said"), [
+    ("dpo_lora", "FSDP", 40, "LoRA fits one GPU"), ("dpo", "FSDP", 7, "7 pairs a step must be a multiple of the 4"),
+    ("dpo", "MULTI_GPU", 3, "3 pairs a step cannot be divided among 4 processes"),
+])  # fmt: skip
+def test_a_trainer_is_refused_what_its_processes_cannot_do(lab, tmp_path, monkeypatch, stage, kind, rows, said):
+    """Four processes and a batch size of 8. Where there are fewer rows than that, they are the batch."""
+    world = SimpleNamespace(num_processes=4, distributed_type=DistributedType[kind], is_main_process=True)
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setattr(loop, "Accelerator", lambda **options: world)
+    with pytest.raises(LaunchError, match=said):
+        Trainer(lab, stage, lab.profile.recipes["dpo"], lab.train_pairs.to_list()[:rows], [], tmp_path)
+
+
+def test_a_lost_connection_says_what_to_do():
+    """Gloo's own words name a line of C++."""
+    lost = RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    assert processes.explained(lost).startswith("the connection to another process broke")
+    assert processes.explained(RuntimeError("out of memory")) == "out of memory"
 
 
 def test_a_process_with_other_data_is_refused(monkeypatch):
