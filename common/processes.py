@@ -13,7 +13,7 @@ class LaunchError(RuntimeError):
 
 def place() -> tuple[int, int]:
     """(number of this process, number of processes)."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def of_main(value):
@@ -45,7 +45,7 @@ def explained(error: Exception) -> str:
 
 def leave() -> None:
     """Parts from the other processes at the end of a run that went well. After an error the launcher ends them."""
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 

@@ -39,7 +39,7 @@ def reference_columns(
     `common`: where any of them changes it is computed again. A sweep over the loss computes it once for all its runs.
     Of several processes each computes its share, and all get all of it.
     Returns: ({column: one value per row}, cost), the cost being what the computation took when it was made: seconds
-        "wall" and "cpu", and "reference_flops". Raises: OSError as `runs.write_json`.
+        "wall" and "cpu" of the first process, and "reference_flops" of all. Raises: OSError as `runs.write_json`.
     """
     tokens = [[row[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")] for row in rows]
     key = {

@@ -63,7 +63,7 @@ def train(
         report KL against it). `pairs`: other training pairs (prompt, chosen, rejected). `resume`: go on from the newest
         checkpoint of this run, if its fingerprint matches. `live`: draw curves as it trains. `changes`: Recipe fields.
     Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained; TrainingError for a loss
-        that is not finite; CheckpointError when the disk is full.
+        that is not finite; CheckpointError when the disk is full; LaunchError for processes that cannot train together.
     """
     kind = stage_of(stage)
     if not lab.has_own_weights(stage):

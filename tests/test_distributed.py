@@ -5,6 +5,7 @@ A launch costs over ten seconds of imports, so there are three, each with severa
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -136,10 +137,10 @@ def test_the_first_process_alone_says_how_a_step_is_divided(killed):
 
 
 def test_a_killed_process_ends_the_job_with_an_error(lab, killed):
-    """The launcher names the process and the signal, and does not wait for the other one."""
+    """The launcher names the process and the signal, and does not wait for the other one. (Which of the two it calls
+    the root cause is chance: the other one may end by itself, for the lost connection, before the launcher looks.)"""
     assert killed.status != 0
-    root_cause = killed.err[killed.err.index("Root Cause") :]
-    assert "rank      : 1 " in root_cause and "Signal 9 (SIGKILL)" in root_cause
+    assert re.search(r"rank +: 1 .*\n +exitcode +: -9 .*SIGKILL", killed.err), killed.err[-3000:]
     assert killed.over - float((lab.path("dpo", "killed") / "ended").read_text()) < 30
 
 
