@@ -4,11 +4,12 @@ Model, method, LoRA, gradient checkpointing and autocast are the real ones; 4-bi
 stood in for. Every tensor alive is counted.
 """
 
+import copy
 import weakref
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
 
@@ -174,13 +175,42 @@ def predict(
 ) -> Forecast:  # fmt: skip
     """Peak memory of training a profile's stage `method` ("sft", "dpo", "orpo"), evaluations included.
 
+    Layers are alike, and each adds as much as the one before: a deep model is simulated with 3 and with 6 of them.
     Args: `dtype`, `device`: the precision that it is run in, and where. `lengths`: those of the largest micro-batch
         (default: `full_rows`). Raises: models.ModelError where the model's configuration is not at hand.
     """
     recipe, config = profile.recipes[method], _config(profile)
     lengths = lengths or full_rows(profile, min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2)
-    prompt, room = profile.max_length - profile.max_new_tokens, profile.max_length
-    at_once = answers_at_once(config, room)
+    at_once = answers_at_once(config, profile.max_length)
+    at_depth = partial(_simulate, profile, method, path, dtype, device, lengths, at_once)
+    depth = config.num_hidden_layers
+    if depth <= 6:
+        return at_depth(config)
+    few, more = at_depth(_with_layers(config, 3)), at_depth(_with_layers(config, 6))
+
+    def deep(less: int, larger: int) -> int:
+        return less + (larger - less) * (depth - 3) // 3
+
+    return replace(
+        few, parts={part: deep(few.parts[part], more.parts[part]) for part in PARTS},
+        phases={phase: deep(few.phases[phase], more.phases[phase]) for phase in few.phases},
+        parameters=deep(few.parameters, more.parameters),
+    )  # fmt: skip
+
+
+def _with_layers(config, count: int):
+    shallow = copy.deepcopy(config)
+    shallow.num_hidden_layers = count
+    if getattr(shallow, "layer_types", None):
+        shallow.layer_types = shallow.layer_types[:count]
+    return shallow
+
+
+def _simulate(
+    profile: Profile, method: str, path: str, dtype: str, device: str, lengths: list[list[int]], at_once: int, config
+) -> Forecast:
+    recipe = profile.recipes[method]
+    room, prompt = profile.max_length, profile.max_length - profile.max_new_tokens
     batches = [lengths, full_rows(profile, profile.eval_batch, 2), [[prompt, 1]] * at_once]
     tables = [torch.tensor(rows)[None, None] for rows in batches]
     precision = getattr(torch, dtype)
