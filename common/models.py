@@ -10,6 +10,7 @@ import transformers
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -84,17 +85,30 @@ def load_tokenizer(source: str | Path):
     return tokenizer
 
 
+def tiny_config(profile: Profile, vocabulary: int, **token_ids: int) -> GPT2Config:
+    """The architecture of the embedded profiles: a small GPT-2 without dropout."""
+    # "gelu_pytorch_tanh" is GPT-2's own "gelu_new" in one fused kernel instead of seven small ones.
+    return GPT2Config(
+        vocab_size=vocabulary, n_positions=profile.max_length, n_embd=profile.width, n_layer=profile.layers,
+        n_head=profile.heads, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        **token_ids,
+    )  # fmt: skip
+
+
 def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadModel:
     """A GPT-2 with random weights, sized by the profile. The seed decides the weights; the global RNG is left alone."""
-    # "gelu_pytorch_tanh" is GPT-2's own "gelu_new" in one fused kernel instead of seven small ones.
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=profile.max_length, n_embd=profile.width, n_layer=profile.layers,
-        n_head=profile.heads, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = tiny_config(profile, len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
+
+
+def with_fused_gelu(config):
+    """The configuration, GPT-2's "gelu_new" in its fused form: the same function, with far fewer tensors kept."""
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"
+    return config
 
 
 def load_model(source: str | Path, profile: Profile, reward_head: bool = False, device: str | None = None):
@@ -105,7 +119,8 @@ def load_model(source: str | Path, profile: Profile, reward_head: bool = False, 
     """
     found, dtype_name, _ = device_and_precision()
     device = device or found
-    options = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": "sdpa"}
+    config = with_fused_gelu(_from_hub(AutoConfig.from_pretrained, str(source)))
+    options = {"config": config, "dtype": torch.float32, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
         compute = getattr(torch, dtype_name)
         options |= {
@@ -118,7 +133,7 @@ def load_model(source: str | Path, profile: Profile, reward_head: bool = False, 
     kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     before = transformers.utils.logging.get_verbosity()
     if reward_head:  # The library would warn that the head is new: it is meant to be.
-        options["num_labels"] = 1
+        config.num_labels = 1
         transformers.utils.logging.set_verbosity_error()
     try:
         model = _from_hub(kind.from_pretrained, str(source), **options)
