@@ -132,8 +132,9 @@ class Trainer:
         """Loss and metrics of a micro-batch of a step with so many pairs and tokens."""
         if self.method == "reward":
             return reward_objective(self.policy, batch, pairs)
+        reference = self.reference_logps(batch)  # first: the policy's activations, kept from then on, are not there yet
         policy = response_logps(self.policy, batch, self.path, score_prompt=self.recipe.nll_on_prompt)
-        return losses.objective(self.method, self.recipe, policy, self.reference_logps(batch), pairs, tokens)
+        return losses.objective(self.method, self.recipe, policy, reference, pairs, tokens)
 
     def micro_batches(self, numbers: list[int]) -> list[dict]:
         """This process's share of a step, in micro-batches."""
