@@ -22,6 +22,7 @@ from common.data import collate
 from common.evaluation import Answer, generate, logps_of
 from common.judges import RuleJudge, head_to_head, rewards
 from common.logprobs import PairLogps, checked_path, response_logps
+from common.optimizers import new_optimizer
 from common.profiles import Recipe, device_and_precision
 from common.reference import cache_reference, from_columns
 from common.runs import Lab, read_metrics, stage_of, write_lines
@@ -54,7 +55,7 @@ class Trainer:
         imitates = self.method in ("lm", "sft") or (self.method == "orpo" and recipe.lambda_or == 0)
         self.sides = ("chosen",) if imitates else ("chosen", "rejected")  # lambda 0 needs no rejected answers
         # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
         counters = ("step", "tokens", "reference_flops", "wall", "cpu", "aside", "peak", "since_best")
@@ -75,13 +76,9 @@ class Trainer:
         self.reference, self.held_out_reference, self.reference_answers = reference, None, None
         self.path = self.choose_path()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-        if profile.optimizer == "paged_adamw_8bit" and torch.cuda.is_available():
-            from bitsandbytes.optim import PagedAdamW8bit
-
-            optimizer = PagedAdamW8bit(trainable, **settings)
-        else:
-            optimizer = torch.optim.AdamW(trainable, **settings)
+        optimizer, note = new_optimizer(trainable, recipe, profile, self.accelerator.device.type)
+        if note and self.accelerator.is_main_process:
+            print(f"{self.stage}: {note}")
         warmup = round(self.recipe.warmup * self.steps)
         self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)

@@ -97,7 +97,10 @@ def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadMode
         return GPT2LMHeadModel(config)
 
 
-def load_model(source: str | Path, profile: Profile, reward_head: bool = False, device: str | None = None):
+def load_model(
+    source: str | Path, profile: Profile, reward_head: bool = False, device: str | None = None,
+    dtype: torch.dtype = torch.float32,
+):  # fmt: skip
     """A causal language model (or, with `reward_head`, the same body with one output) on this machine's device.
 
     Weights stay in float32 and are run in the device's precision by the training loop; only a 4-bit profile
@@ -105,7 +108,7 @@ def load_model(source: str | Path, profile: Profile, reward_head: bool = False, 
     """
     found, dtype_name, _ = device_and_precision()
     device = device or found
-    options = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": "sdpa"}
+    options = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
         compute = getattr(torch, dtype_name)
         options |= {
@@ -124,7 +127,14 @@ def load_model(source: str | Path, profile: Profile, reward_head: bool = False, 
         model = _from_hub(kind.from_pretrained, str(source), **options)
     finally:
         transformers.utils.logging.set_verbosity(before)
-    return model.to(device) if not profile.four_bit else model
+    if not profile.four_bit:
+        return model.to(device)
+    for module in model.modules():
+        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer at its first forward without gradients. From then on
+        # no gradient comes through it, and its weights no longer merge.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def check_context(model, profile: Profile) -> None:
@@ -149,10 +159,11 @@ def add_lora(model, profile: Profile):
 
 
 def merge_lora(model, source: str | Path, profile: Profile):
-    """A plain model with the adapter merged into full-precision weights.
+    """A plain model with the adapter merged into weights that were never quantised.
 
-    A 4-bit model is never merged in place, since its weights are rounded (and on some CPUs repacked): the base is
-    loaded again in full precision from `source`, and the adapter's weights are merged there.
+    A 4-bit model is not merged in place, since its weights are rounded to four bits: the base is loaded again from
+    `source`, and the adapter's weights are merged there. The sum is taken in float32 and rounded once, to the
+    precision from which the 4-bit loader quantises: bfloat16 on most GPUs, half the memory and disk of float32.
     """
     if not profile.four_bit:
         return model.merge_and_unload()
@@ -162,7 +173,9 @@ def merge_lora(model, source: str | Path, profile: Profile):
 
     adapter = get_peft_model_state_dict(model)
     # On the CPU: the quantised model still fills the GPU, and full precision would not fit beside it.
-    plain = load_model(source, replace(profile, four_bit=False), reward_head=hasattr(model, "score"), device="cpu")
+    dtype = getattr(torch, device_and_precision()[1])
+    head = hasattr(model, "score")
+    plain = load_model(source, replace(profile, four_bit=False), reward_head=head, device="cpu", dtype=dtype)
     full = get_peft_model(plain, model.peft_config["default"])
     set_peft_model_state_dict(full, adapter)
     return full.merge_and_unload()
