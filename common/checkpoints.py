@@ -68,16 +68,41 @@ def remove(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def keep_only_trained(accelerator) -> None:
+    """Leaves frozen weights out of checkpoints from now on, for a run that trains an adapter.
+
+    They are the parent's and do not change; and 4-bit ones cannot be put back into a model.
+    """
+
+    def save_trained(models, weights, folder):
+        weights.clear()
+        if accelerator.is_main_process:
+            save_file(_trained(accelerator.unwrap_model(models[0])), Path(folder) / "trained.safetensors")
+
+    def load_trained(models, folder):
+        _load_trained(accelerator.unwrap_model(models.pop()), Path(folder) / "trained.safetensors")
+
+    accelerator.register_save_state_pre_hook(save_trained)
+    accelerator.register_load_state_pre_hook(load_trained)
+
+
+def _trained(model) -> dict:
+    """The weights that are trained, on the CPU."""
+    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
+    return {name: weight.detach().cpu().contiguous() for name, weight in trained}
+
+
+def _load_trained(model, path: Path) -> None:
+    model.load_state_dict(load_file(path, device=str(model.device)), strict=False)
+
+
 def save_best(model, folder: Path) -> None:
     """Keeps the trainable weights of the best evaluation so far, in `best/`."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in trained}
     with written_whole(folder / "best") as scratch:
         scratch.mkdir()
-        save_file(weights, scratch / "weights.safetensors")
+        save_file(_trained(model), scratch / "weights.safetensors")
 
 
 def load_best(model, folder: Path) -> None:
     """Puts those weights back."""
-    weights = load_file(folder / "best" / "weights.safetensors", device=str(model.device))
-    model.load_state_dict(weights, strict=False)
+    _load_trained(model, folder / "best" / "weights.safetensors")

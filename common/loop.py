@@ -83,6 +83,8 @@ class Trainer:
         self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.lora:
+            checkpoints.keep_only_trained(self.accelerator)
         if self.method == "dpo" and recipe.cache_reference:
             cache_reference(self)
 

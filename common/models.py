@@ -75,9 +75,12 @@ def _from_hub(load, source: str, **options):
 def load_tokenizer(source: str | Path):
     """The tokenizer of a local folder or hub id, with a pad token and the course's chat template.
 
-    Raises: ModelError.
+    Raises: ModelError, also for one without an end token or without character offsets.
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, str(source))
+    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
+        lacks = "has no end token (EOS)" if tokenizer.is_fast else "gives no character offsets (it is a slow one)"
+        raise ModelError(f"The tokenizer of {str(source)!r} {lacks}, which training needs: name another LAB_MODEL.")
     if tokenizer.pad_token is None:  # Harmless here: masks come from lengths, so EOS is still scored.
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -137,11 +140,21 @@ def load_model(
     return model
 
 
-def check_context(model, profile: Profile) -> None:
-    """Raises ModelError if the model has fewer positions than the profile's max_length."""
+def check_fits(model, tokenizer, profile: Profile) -> None:
+    """Raises ModelError if the model has fewer positions than the profile's max_length, or fewer words than its
+    tokenizer."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions < profile.max_length:
-        raise ModelError(f"The model has {positions} positions, the profile needs {profile.max_length}: too short.")
+        raise ModelError(
+            f"The model has {positions} positions, the profile needs {profile.max_length}: too short. "
+            "Name another LAB_MODEL, or another profile."
+        )
+    words = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > words:
+        raise ModelError(
+            f"The model knows {words} words, its tokenizer {len(tokenizer)}: they do not belong together. "
+            "Save both with save_pretrained in the folder that LAB_MODEL names."
+        )
 
 
 def add_lora(model, profile: Profile):

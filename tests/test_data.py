@@ -17,6 +17,7 @@ from common.data import (
     DataError,
     as_prompt,
     collate,
+    drawn,
     load_lab_data,
     load_pairs,
     split_transcript,
@@ -259,6 +260,13 @@ def test_the_split_is_the_same_on_every_machine():
     """The first digest of SHA-256 modulo 10, computed once and for all: another split would train on test prompts."""
     held_out = load_pairs(many(60), "test")[0]["chosen"]
     assert held_out == [f" It is {number + 1}." for number in (8, 23, 33, 41, 44, 50)]
+
+
+def test_what_is_drawn_is_a_random_part_in_random_order():
+    """All rows where fewer are there; never the same row twice."""
+    rows = list(range(100))
+    assert len(set(drawn(rows, 10))) == 10 and drawn(rows, 10) == drawn(iter(rows), 10) != rows[:10]
+    assert sorted(drawn(rows, 200)) == rows != drawn(rows, 200)
 
 
 def test_limit_counts_clean_rows():

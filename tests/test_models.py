@@ -143,9 +143,28 @@ def test_pickled_weights_are_refused(tmp_path, tokenizer):
 
 def test_a_context_that_is_too_short_is_named(tokenizer):
     model = models.new_tiny_model(PROFILE, tokenizer)
-    models.check_context(model, PROFILE)
-    with pytest.raises(ModelError, match="160 positions, the profile needs 161"):
-        models.check_context(model, tiny.micro_profile(max_length=161))
+    models.check_fits(model, tokenizer, PROFILE)
+    with pytest.raises(ModelError, match="160 positions, the profile needs 161.*Name another LAB_MODEL"):
+        models.check_fits(model, tokenizer, tiny.micro_profile(max_length=161))
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_named(tokenizer):
+    """Its ids would point past the embedding's last row. Fewer words are usual: Qwen's embedding is padded."""
+    model = models.new_tiny_model(PROFILE, tokenizer)
+    model.resize_token_embeddings(len(tokenizer) + 8)
+    models.check_fits(model, tokenizer, PROFILE)
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    message = f"knows {len(tokenizer) - 1} words, its tokenizer {len(tokenizer)}: they do not belong together"
+    with pytest.raises(ModelError, match=message):
+        models.check_fits(model, tokenizer, PROFILE)
+
+
+def test_a_tokenizer_without_an_end_token_is_named(tmp_path):
+    endless = tiny.tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no end token .EOS., which training needs: name another LAB_MODEL"):
+        models.load_tokenizer(tmp_path)
 
 
 def test_the_gpt2_profile_trains_from_a_local_folder(tmp_path, tokenizer, monkeypatch, capsys):

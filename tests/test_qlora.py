@@ -162,7 +162,7 @@ def test_an_evaluation_does_not_change_the_gradients(source):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
-    """Stopped after the checkpoint of step 5 of 9 and resumed, the run ends with the weights of the whole one."""
+    """Stopped after the checkpoint of step 5 of 8 and resumed, the run ends with the weights of the whole one."""
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     lab = Lab(small(*source))
     whole = train(lab, "sft", sweep="whole", keep_best=False)
@@ -181,3 +181,14 @@ def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypat
     assert resumed.metrics[1]["loss"] == whole.metrics[1]["loss"] and len(resumed.metrics) == len(whole.metrics)
     with torch.no_grad():
         assert torch.equal(resumed.model(IDS).logits, whole.model(IDS).logits)
+
+
+def test_a_sweep_keeps_the_adapter_alone_and_loads_as_it_was_returned(trained):
+    """Its parent's weights are not written again."""
+    lab, _ = trained
+    run = train(lab, "dpo", sweep="short", epochs=0.5)
+    assert (run.folder / "adapter_model.safetensors").exists() and not (run.folder / "model.safetensors").exists()
+    with torch.no_grad():
+        logits = run.model(IDS).logits
+        assert torch.equal(lab.load("dpo", "short")(IDS).logits, logits)
+        assert not torch.equal(lab.load("sft")(IDS).logits, logits)
