@@ -94,14 +94,25 @@ def preference_metrics(policy: PairLogps, reference: PairLogps, beta: float = BE
     }  # fmt: skip
 
 
+def answers_at_once(model, tokens: int, most: int = 256) -> int:
+    """How many answers of so many tokens, prompt included, are generated in one batch: their keys and values stay
+    within 2 GiB, which is most of what a large model leaves of a 16 GB GPU; `most` for a small one."""
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    each = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize * tokens
+    return max(1, min(most, 2**31 // each))
+
+
 @torch.no_grad()
 def generate(
     model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float = 1.0, samples: int = 1,
-    seed: int = 0, batch_size: int = 256, progress: bool = False,
+    seed: int = 0, batch_size: int | None = None, progress: bool = False,
 ) -> list[list[Answer]]:  # fmt: skip
     """`samples` answers to each prompt; temperature 0 is greedy. The global random state is left alone.
 
-    Prompts of a batch are padded on the left, so that every answer starts right after its prompt.
+    Prompts of a batch are padded on the left, so that every answer starts right after its prompt. Without a
+    `batch_size` it is that of `answers_at_once`.
     Returns: one list of answers per prompt. Raises: ValueError if a prompt leaves no room for an answer.
     """
     end = tokenizer.eos_token_id
@@ -109,6 +120,7 @@ def generate(
     room = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max(map(len, ids))
     if room < max_new_tokens:
         raise ValueError(f"The longest prompt leaves room for {room} of {max_new_tokens} new tokens: shorten it.")
+    batch_size = batch_size or answers_at_once(model, max(map(len, ids)) + max_new_tokens)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     flat, training = [], model.training
     model.eval()

@@ -100,6 +100,11 @@ def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadMode
         return GPT2LMHeadModel(config)
 
 
+def device_dtype() -> torch.dtype:
+    """The precision in which this machine's device computes."""
+    return getattr(torch, device_and_precision()[1])
+
+
 def load_model(
     source: str | Path, profile: Profile, reward_head: bool = False, device: str | None = None,
     dtype: torch.dtype = torch.float32,
@@ -109,11 +114,10 @@ def load_model(
     Weights stay in float32 and are run in the device's precision by the training loop; only a 4-bit profile
     loads them quantised. Pickled weights and remote code are refused. Raises: ModelError.
     """
-    found, dtype_name, _ = device_and_precision()
-    device = device or found
+    device = device or device_and_precision()[0]
     options = {"dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
-        compute = getattr(torch, dtype_name)
+        compute = device_dtype()
         options |= {
             "dtype": compute,
             "quantization_config": BitsAndBytesConfig(
@@ -186,8 +190,7 @@ def merge_lora(model, source: str | Path, profile: Profile):
 
     adapter = get_peft_model_state_dict(model)
     # On the CPU: the quantised model still fills the GPU, and full precision would not fit beside it.
-    dtype = getattr(torch, device_and_precision()[1])
-    head = hasattr(model, "score")
+    head, dtype = hasattr(model, "score"), device_dtype()
     plain = load_model(source, replace(profile, four_bit=False), reward_head=head, device="cpu", dtype=dtype)
     full = get_peft_model(plain, model.peft_config["default"])
     set_peft_model_state_dict(full, adapter)
