@@ -72,7 +72,8 @@ def test_batched_greedy_generation_equals_one_by_one(batch_size):
 
 def test_large_models_answer_in_batches_whose_keys_and_values_fit():
     """Mistral-7B, whose sizes are the library's defaults, in 16 bit: 2 (keys, values) · 32 layers · 8 heads · 128 · 2
-    bytes = 128 KiB a token, so 64 MiB for 512 tokens and 32 answers in 2 GiB. Llama-2-7B has 32 heads: 8. The tiny model's 256 stay 256."""
+    bytes = 128 KiB a token, so 64 MiB for 512 tokens and 32 answers in 2 GiB. Llama-2-7B has 32 heads: 8. The tiny
+    model's 256 stay 256."""
     for heads, expected in ((8, 32), (32, 8)):
         model = SimpleNamespace(config=MistralConfig(num_key_value_heads=heads), dtype=torch.bfloat16)
         assert answers_at_once(model, 512) == expected
