@@ -77,6 +77,29 @@ def whole(weight: torch.Tensor) -> torch.Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def keep_only_trained(accelerator) -> None:
+    """Leaves frozen weights out of checkpoints from now on, for a run that trains an adapter.
+
+    They are the parent's and do not change; and 4-bit ones cannot be put back into a model.
+    """
+
+    def save_trained(models, weights, folder):
+        weights.clear()
+        if accelerator.is_main_process:
+            trained = whole_weights(_trained(accelerator.unwrap_model(models[0])), main=True)
+            save_file(trained, Path(folder) / "trained.safetensors")
+
+    def load_trained(models, folder):
+        _put_back(accelerator.unwrap_model(models.pop()), Path(folder) / "trained.safetensors")
+
+    accelerator.register_save_state_pre_hook(save_trained)
+    accelerator.register_load_state_pre_hook(load_trained)
+
+
+def _trained(model) -> list[tuple[str, torch.Tensor]]:
+    return [named for named in model.named_parameters() if named[1].requires_grad]
+
+
 def whole_weights(weights: Iterable[tuple[str, torch.Tensor]], main: bool) -> dict[str, torch.Tensor]:
     """Weights by name, on the CPU of the main process; on others, nothing. Of a sharded model all take part."""
     found = {}
@@ -89,18 +112,22 @@ def whole_weights(weights: Iterable[tuple[str, torch.Tensor]], main: bool) -> di
 
 def save_best(model, folder: Path, main: bool) -> None:
     """Keeps the trainable weights of the best evaluation so far, in `best/`. All processes take part."""
-    weights = whole_weights([named for named in model.named_parameters() if named[1].requires_grad], main)
+    weights = whole_weights(_trained(model), main)
     if main:
         with written_whole(folder / "best") as scratch:
             scratch.mkdir()
             save_file(weights, scratch / "weights.safetensors")
 
 
-@torch.no_grad()
 def load_best(model, folder: Path) -> None:
     """Puts those weights back. All processes take part."""
+    _put_back(model, folder / "best" / "weights.safetensors")
+
+
+@torch.no_grad()
+def _put_back(model, path: Path) -> None:
     own = dict(model.named_parameters())
-    for name, weight in load_file(folder / "best" / "weights.safetensors", device=str(model.device)).items():
+    for name, weight in load_file(path, device=str(model.device)).items():
         if isinstance(own[name], DTensor):
             weight = distribute_tensor(weight, own[name].device_mesh, own[name].placements)
         own[name].copy_(weight)

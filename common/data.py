@@ -1,6 +1,7 @@
 """Preference data: read it, bring it to prompt/chosen/rejected, check it, tokenise it, collate it."""
 
 import hashlib
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -40,6 +41,7 @@ class CleaningReport:
     rows: int = 0
     dropped: Counter = field(default_factory=Counter)  # reason -> rows
     cut: Counter = field(default_factory=Counter)  # what was shortened -> rows
+    drawn: int = 0  # of the rows kept, how many were drawn; 0: all are there
 
     @property
     def kept(self) -> int:
@@ -49,7 +51,18 @@ class CleaningReport:
         lines = [f"{self.source}: {self.rows} rows read, {self.kept} kept"]
         lines += [f"  dropped {count:6d}  {reason}" for reason, count in sorted((+self.dropped).items())]
         lines += [f"  cut     {count:6d}  {what}" for what, count in sorted(self.cut.items())]
+        lines += [f"  drawn   {self.drawn:6d}  of the rows kept, at random over the whole split"] if self.drawn else []
         return "\n".join(lines)
+
+
+def drawn(rows: Iterable, count: int) -> list:
+    """`count` of `rows` at random, or all if there are fewer, in random order; the same ones every time.
+
+    So the first rows of a draw stand for the whole too, where the rows themselves stand in blocks: HH-RLHF's test
+    split begins with 2,300 rows of one subset.
+    """
+    rows = list(rows)
+    return random.Random(0).sample(rows, min(count, len(rows)))
 
 
 def _held_out(prompt: str) -> bool:
@@ -86,25 +99,31 @@ def _clean(rows: Iterable, read: Callable, side: str | None, limit: int | None, 
             return
 
 
-def _load(source, split: str | None, limit: int | None, read: Callable, settings: tuple) -> tuple[Dataset, dict]:
+def _load(
+    source, split: str | None, limit: int | None, read: Callable, settings: tuple, draw: bool = False
+) -> tuple[Dataset, dict]:
     """Clean rows of any source, with their report. Hub data are kept for the next time (key: `settings` and more)."""
 
     def build(name: str, rows: Iterable, side: str | None) -> tuple[Dataset, dict]:
         report = CleaningReport(name)
-        clean = _dataset(_clean(rows, read, side, limit, report))
+        texts = _clean(rows, read, side, None if draw else limit, report)
+        if draw:
+            texts = drawn(texts, limit)
+            report.drawn = len(texts) if len(texts) < report.kept else 0
+        clean = _dataset(texts)
         if clean is None:
             raise DataError(f"No row is left after cleaning.\n{report}")
         return clean, vars(report)
 
     def from_hub() -> tuple[Dataset, dict]:
-        name, hold_out, rows = hub_split(hub, split, streamed=limit is not None)
+        name, hold_out, rows = hub_split(hub, split, streamed=limit is not None and not draw)
         title = f"{hub} (split {name}, revision {hub.revision[:12]})"
         return build(title, rows, split if hold_out else None)
 
     hub = None if isinstance(source, list) or Path(source).exists() else hub_source(str(source))
     if hub:
         hub = at_commit(hub)
-        return kept((str(hub), hub.revision, split, limit, *settings), from_hub)
+        return kept((str(hub), hub.revision, split, limit, draw, *settings), from_hub)
     if split not in (None, "train", "test"):
         raise DataError(f"Local data are split into train and test, by prompt: there is no {split!r}.")
     if isinstance(source, list):
@@ -120,7 +139,7 @@ def _report(values: dict) -> CleaningReport:
 
 
 def load_pairs(
-    source, split: str | None = None, limit: int | None = None, score_ratio: float = SCORE_RATIO
+    source, split: str | None = None, limit: int | None = None, score_ratio: float = SCORE_RATIO, draw: bool = False
 ) -> tuple[Dataset, CleaningReport]:
     """Clean preference pairs with columns prompt, chosen, rejected. The columns of a row say which format it is.
 
@@ -130,10 +149,11 @@ def load_pairs(
         or nine tenths and one tenth of the prompts where there is none, as for local data.
         `limit`: at most so many clean rows, the first ones; of a hub id no more than those is downloaded.
         `score_ratio`: SHP only: how many times the votes of the worse comment the better one must have.
+        `draw`: the rows of `limit` are drawn over the whole split, as `drawn` does; the split is then read whole.
     Raises: DataError for unreadable data, an unknown format, or when no row is left.
     """
     read = partial(read_pair, score_ratio=score_ratio)
-    rows, report = _load(source, split, limit, read, ("pairs", score_ratio))
+    rows, report = _load(source, split, limit, read, ("pairs", score_ratio), draw)
     return rows, _report(report)
 
 
@@ -267,7 +287,7 @@ def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
     else:
         world = None
         train, report = load_pairs(profile.data, "train", profile.pairs)
-        test, test_report = load_pairs(profile.data, "test", profile.held_out)
+        test, test_report = load_pairs(profile.data, "test", profile.held_out, draw=True)
         reports = {"train": report, "test": test_report}
         demonstrations = train.select_columns(["prompt", "chosen"])
         if profile.sft_data:

@@ -14,7 +14,10 @@ from common import profiles
 
 Line = tuple[str, str]
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-ROOM = {"smoke": (2, 1), "cpu": (3, 2), "gpt2": (7, 15), "qlora-7b": (15, 50)}  # GB: memory, disk (estimates)
+# GB: memory, disk (estimates). All notebooks leave some 30 models: 0.5 GB each for GPT-2, 2 GB for Qwen2.5-0.5B in
+# float32. A 7B model takes 14.5 GB in 16 bit: once in memory while an adapter is merged, on disk the hub's and those of
+# seven stages; the sweeps leave adapters.
+ROOM = {"smoke": (2, 1), "cpu": (3, 2), "gpt2": (7, 15), "qwen-0.5b": (9, 70), "qlora-7b": (20, 130)}
 
 
 def python_lines(version: tuple[int, ...] = sys.version_info[:3]) -> list[Line]:

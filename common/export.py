@@ -18,7 +18,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 TOLERANCE = 1e-5  # largest |Δ logit| of an export in full precision
 LICENCES = {  # of the parts an export can be made of; what is not listed must be looked up by whoever publishes it
     TINY: "mit", WORLD: "mit", "openai-community/gpt2": "mit", "Anthropic/hh-rlhf": "mit",
-    "mistralai/Mistral-7B-v0.1": "apache-2.0",
+    "mistralai/Mistral-7B-v0.1": "apache-2.0", "Qwen/Qwen2.5-0.5B": "apache-2.0", "Qwen/Qwen2.5-7B": "apache-2.0",
 }  # fmt: skip
 SCORES = {  # key in a report: how the card names it
     "helpfulness": "helpfulness, 1–5", "harmlessness": "harmlessness, 1–5", "relevance": "relevance, 1–5",
@@ -33,10 +33,14 @@ class ExportError(RuntimeError):
 
 
 def full_precision(lab: Lab, stage: str, sweep: str | None = None):
-    """The model of a finished run in float32, never quantised: what is exported. Raises: MissingRun, BrokenLineage."""
+    """The model of a finished run as it was saved, never quantised: what is exported.
+
+    That is float32; of a 4-bit profile, whose runs are merged in 16 bit on a GPU, the same 16 bit, on the CPU.
+    Raises: MissingRun, BrokenLineage.
+    """
     lab.lineage(stage, sweep)
-    device = "cpu" if lab.profile.four_bit else None  # what is run in 4 bits is too large for the GPU in 32
-    return models.load_model(lab.source(stage, sweep), replace(lab.profile, four_bit=False), device=device).eval()
+    options = {"device": "cpu", "dtype": models.device_dtype()} if lab.profile.four_bit else {}
+    return models.load_model(lab.source(stage, sweep), replace(lab.profile, four_bit=False), **options).eval()
 
 
 def export(lab: Lab, stage: str, folder: Path, sweep: str | None = None, temperature: float = 0.0) -> Path:

@@ -21,6 +21,7 @@ from common.curves import LiveFigure
 from common.data import collate
 from common.judges import reward_objective
 from common.logprobs import PairLogps, checked_path, response_logps
+from common.optimizers import new_optimizer
 from common.profiles import Recipe, device_and_precision
 from common.reference import cache_reference, from_columns
 from common.runs import Lab, read_metrics, stage_of, write_lines
@@ -43,7 +44,7 @@ class Trainer:
         imitates = self.method in ("lm", "sft") or (self.method == "orpo" and recipe.lambda_or == 0)
         self.sides = ("chosen",) if imitates else ("chosen", "rejected")  # lambda 0 needs no rejected answers
         # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
+        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
         processes.check_launch(self.accelerator)
         self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
         if self.sharded and (lab.profile.lora or stage.endswith("_lora")):
@@ -75,19 +76,17 @@ class Trainer:
         if not self.sharded:
             self.path = self.choose_path()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-        if profile.optimizer == "paged_adamw_8bit" and torch.cuda.is_available():
-            from bitsandbytes.optim import PagedAdamW8bit
-
-            optimizer = PagedAdamW8bit(trainable, **settings)
-        else:
-            optimizer = torch.optim.AdamW(trainable, **settings)
+        optimizer, note = new_optimizer(trainable, recipe, profile, self.accelerator.device.type)
+        if note and self.accelerator.is_main_process:
+            print(f"{self.stage}: {note}")
         warmup = round(self.recipe.warmup * self.steps)
         self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
         if self.sharded:  # before, its weights were on the CPU
             self.path = self.choose_path()
+        if self.lora:
+            checkpoints.keep_only_trained(self.accelerator)
         if self.method == "dpo" and recipe.cache_reference:
             cache_reference(self)
 

@@ -42,6 +42,7 @@ class Profile:
 
     name: str
     recipes: dict[str, Recipe]
+    sources: dict[str, str] = field(default_factory=dict)  # stage → where its learning rate, β and λ come from
     model: str = TINY
     data: str = WORLD
     sft_data: str = ""  # demonstrations for SFT; "": the chosen answers of `data`
@@ -115,29 +116,64 @@ HUB = {
     "data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "sweep_epochs": 0.02, "max_length": 512,
     "max_new_tokens": 128, "eval_batch": 16, "seeds": 1, "flaw_rates": (),
 }  # fmt: skip
+# Where the numbers come from. `tools/readme_table.py` makes the README's table of these and of the recipes.
+DPO_PAPER = "[DPO](https://arxiv.org/abs/2305.18290), App. B"
+HANDBOOK = "https://github.com/huggingface/alignment-handbook/tree/main/recipes/zephyr-7b-beta"
+TRL = "https://github.com/huggingface/trl/blob"
+TRL_ORPO = f"{TRL}/004c86793d6698f370d31a562f1c67da124a1152/examples/scripts/orpo.py"
+OWN_SOURCES = {
+    "sft": "rate: ours, tuned on seeds 0–2",
+    "dpo": f"rate: ours, tuned on seeds 0–2; β: {DPO_PAPER}",
+    "orpo": "rate: ours, tuned on seeds 0–2; λ: the lab page",
+}
 PROFILES = {
     "smoke": Profile(
-        name="smoke", sweep_epochs=0.5, seeds=1, flaw_rates=(0.0, 0.3), objects=4, plain_lines=4000,
-        demonstrations=2400, pairs=600, held_out=100, heads=2,
+        name="smoke", sources=OWN_SOURCES, sweep_epochs=0.5, seeds=1, flaw_rates=(0.0, 0.3), objects=4,
+        plain_lines=4000, demonstrations=2400, pairs=600, held_out=100, heads=2,
         recipes=_tiny_recipes(
             base={"lr": 5e-3, "epochs": 1.5}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 4e-4, "epochs": 3},
             plain={"lr": 1e-4, "epochs": 3}, orpo={"lr": 5e-3, "epochs": 4}, evaluations=4,
         ),
     ),
     "cpu": Profile(
-        name="cpu",
+        name="cpu", sources=OWN_SOURCES,
         recipes=_tiny_recipes(
             # SFT, DPO and ORPO get equal epochs: only then can their costs be compared (Lab 1.8-03).
             base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 2}, dpo={"lr": 3e-4, "epochs": 2},
             plain={"lr": 4e-5, "epochs": 2}, orpo={"lr": 5e-3, "epochs": 2},
         ),
     ),
-    # Learning rates: SFT 5e-5, a usual rate for fine-tuning GPT-2; DPO 5e-6, ORPO 1e-5: the pages' upper values.
-    "gpt2": Profile(name="gpt2", model="openai-community/gpt2", recipes=_hub_recipes(5e-5, 5e-6, 1e-5), **HUB),
-    # Learning rates: SFT 2e-4 as QLoRA for 7B models (Dettmers et al. 2023); DPO 5e-6 and ORPO 5e-5 are not tuned.
+    "gpt2": Profile(
+        name="gpt2", model="openai-community/gpt2", recipes=_hub_recipes(5e-5, 5e-6, 8e-6), **HUB,
+        sources={
+            "sft": "rate: the default of transformers' Trainer; not tuned",
+            "dpo": f"rate: the upper end of the lab pages' 5e-7 to 5e-6, not tuned; β: {DPO_PAPER}",
+            "orpo": f"rate: [TRL's example]({TRL_ORPO}) for GPT-2; λ: its default; not tuned",
+        },
+    ),
+    # Full fine-tuning in float32 under autocast: weights, gradients, two moments and the reference take 9.9 GB.
+    "qwen-0.5b": Profile(
+        name="qwen-0.5b", model="Qwen/Qwen2.5-0.5B", recipes=_hub_recipes(2e-5, 5e-7, 8e-6, micro_batch=1),
+        gradient_checkpointing=True, **{**HUB, "eval_batch": 4},  # the logits of 152k words are large
+        sources={
+            "sft": f"rate: [TRL's example]({TRL}/v1.16.0/trl/scripts/sft.py) for Qwen2-0.5B; not tuned",
+            "dpo": f"rate: [TRL's example]({TRL}/v1.16.0/trl/scripts/dpo.py) for Qwen2-0.5B-Instruct, not tuned; "
+                   f"β: {DPO_PAPER}",
+            "orpo": f"rate: [TRL's example]({TRL_ORPO}) for GPT-2; λ: its default; not tuned",
+        },
+    ),
     "qlora-7b": Profile(
         name="qlora-7b", model="mistralai/Mistral-7B-v0.1", recipes=_hub_recipes(2e-4, 5e-6, 5e-5, micro_batch=1),
-        lora=16, four_bit=True, gradient_checkpointing=True, optimizer="paged_adamw_8bit", **HUB,
+        lora=16, four_bit=True, gradient_checkpointing=True, optimizer="paged_adamw_8bit",
+        **{**HUB, "eval_batch": 4},
+        sources={
+            "sft": "rate: [QLoRA](https://arxiv.org/abs/2305.14314) at 7B, and "
+                   f"[Zephyr's QLoRA recipe]({HANDBOOK}/sft); not tuned",
+            "dpo": f"rate: [Zephyr's QLoRA recipe]({HANDBOOK}/dpo) (its β: 0.01), not tuned; β: {DPO_PAPER}",
+            "orpo": "rate: ten times that of the [ORPO authors' script for Mistral-7B]"
+                    "(https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh), since only an "
+                    "adapter learns; not tuned; λ: the same script",
+        },
     ),
 }
 

@@ -284,7 +284,9 @@ class Lab:
 
     def fingerprint_parts(self, stage: str, recipe, rows: list, parent: str | None, reference: str | None) -> dict:
         """Everything that decides the weights of a run, named, so that a stale run can say what changed."""
-        without = ("recipes", "reason", "overrides", "samples", "sweep_epochs", "eval_batch", "seeds", "flaw_rates")
+        without = (
+            "recipes", "sources", "reason", "overrides", "samples", "sweep_epochs", "eval_batch", "seeds", "flaw_rates",
+        )  # fmt: skip
         profile = {name: value for name, value in asdict(self.profile).items() if name not in without}
         return {
             "stage": stage, "settings": digest([asdict(recipe), profile]), "seed": self.seed,

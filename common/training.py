@@ -9,7 +9,7 @@ from accelerate.utils import set_seed
 from datasets import Dataset
 
 from common import checkpoints, models
-from common.data import tokenize_pairs
+from common.data import drawn, tokenize_pairs
 from common.loop import Trainer
 from common.profiles import Recipe, device_and_precision
 from common.runs import Lab, digest, read_metrics, stage_of, versions, write_json, written_whole
@@ -26,13 +26,19 @@ class Run:
 
 
 def _rows_of(lab: Lab, stage: str, pairs: Dataset | None) -> tuple[list[dict], list[dict]]:
-    """(training rows, held-out rows) of a stage, tokenised. Texts and demonstrations hold out their last twentieth."""
+    """(training rows, held-out rows) of a stage, tokenised.
+
+    Texts and demonstrations hold out their last twentieth. Those of real data, which stand in blocks (a subset, a
+    file), are brought into a fixed random order before, and no more of them are held out than pairs are.
+    """
     kind = stage_of(stage).rows
     if kind == "pairs":
         own = lab.train_pairs if pairs is None else tokenize_pairs(pairs, lab.tokenizer, lab.profile.max_length)[0]
         return own.to_list(), lab.test_pairs.to_list()
     rows = (lab.texts if kind == "texts" else lab.demonstrations).to_list()
     held_out = max(1, len(rows) // 20)
+    if lab.data.world is None:
+        rows, held_out = drawn(rows, len(rows)), min(held_out, lab.profile.held_out)
     return rows[:-held_out], rows[-held_out:]
 
 
@@ -99,7 +105,7 @@ def _parent_model(lab: Lab, method: str, parent: str | None, device: str):
     source = lab.source(parent)
     set_seed(lab.seed)  # a reward model's new head
     model = models.load_model(source, lab.profile, reward_head=method == "reward", device=device)
-    models.check_context(model, lab.profile)
+    models.check_fits(model, lab.tokenizer, lab.profile)
     return model
 
 
@@ -127,12 +133,15 @@ def _record(
 
 
 def _save(trainer: Trainer, record: dict, parent_source: str | None):
-    """Writes the finished model, whole weights even after LoRA, and `run.json` last. Returns the model."""
+    """Writes the finished model, whole weights even after LoRA, and `run.json` last. Returns the model.
+
+    A 4-bit run in a sweep leaves its adapter alone: whole weights, 15 GB for each point of a sweep, would fill a disk.
+    """
     model = trainer.accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
     if trainer.recipe.keep_best:
         trainer.accelerator.wait_for_everyone()
         checkpoints.load_best(model, trainer.folder)
-    if trainer.lora:
+    if trainer.lora and not (trainer.lab.profile.four_bit and trainer.folder.parent.name == "sweeps"):
         model = models.merge_lora(model, parent_source, trainer.lab.profile)
     model.eval()
     main = trainer.accelerator.is_main_process
@@ -148,7 +157,7 @@ def _save(trainer: Trainer, record: dict, parent_source: str | None):
         checkpoints.remove(trainer.folder)
     trainer.accelerator.wait_for_everyone()
     trainer.accelerator.free_memory()
-    if trainer.lab.profile.four_bit:  # the merged weights are on the CPU in full precision: not what is run
+    if trainer.lab.profile.four_bit:  # not what is run: merged weights are on the CPU and not quantised
         reward = trainer.method == "reward"
         return models.load_model(trainer.folder, trainer.lab.profile, reward_head=reward).eval()
     return model

@@ -17,15 +17,18 @@ from common.data import (
     DataError,
     as_prompt,
     collate,
+    drawn,
     load_lab_data,
     load_pairs,
     split_transcript,
     tokenize_demonstrations,
     tokenize_pairs,
+    tokenize_response,
     tokenize_texts,
 )
 from common.profiles import get_profile
 from common.runs import Lab
+from common.training import _rows_of
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 HH_ROWS = Path(__file__).parent / "data" / "hh_rows.jsonl"  # 11 rows of our own, each with a quirk of HH-RLHF
@@ -46,6 +49,7 @@ GOOD = hh("Hi", " Hello!", " What?")
 
 
 def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -261,6 +265,13 @@ def test_the_split_is_the_same_on_every_machine():
     assert held_out == [f" It is {number + 1}." for number in (8, 23, 33, 41, 44, 50)]
 
 
+def test_what_is_drawn_is_a_random_part_in_random_order():
+    """All rows where fewer are there; never the same row twice."""
+    rows = list(range(100))
+    assert len(set(drawn(rows, 10))) == 10 and drawn(rows, 10) == drawn(iter(rows), 10) != rows[:10]
+    assert sorted(drawn(rows, 200)) == rows != drawn(rows, 200)
+
+
 def test_limit_counts_clean_rows():
     rows = [hh("bad", "", " b"), *many(5)]
     pairs, report = load_pairs(rows, limit=3)
@@ -309,6 +320,26 @@ def test_other_tokenizers_are_split_by_offsets(metaspace):
             assert metaspace.decode(ids[:-1]).strip() == row[side].strip()
             differs += ids[:-1] != metaspace(row[side], add_special_tokens=False)["input_ids"]
     assert differs == 2 * len(pairs)
+
+
+def test_bytes_of_letters_that_a_llama_tokenizer_does_not_know_are_split_by_offsets_too(metaspace):
+    """Llama 2 and Mistral write newlines and emoji as bytes, several tokens at one offset. The bytes of a last letter
+    of the prompt stay in it, those of a first letter of the response do not."""
+    state = json.loads(metaspace.backend_tokenizer.to_str())
+    known = state["model"]["vocab"]
+    taken = {name: number for name, number in known.items() if name != "\n"}
+    names = [*sorted(taken, key=taken.get), *(f"<0x{byte:02X}>" for byte in range(256))]
+    state["model"] |= {"vocab": {name: number for number, name in enumerate(names)}, "byte_fallback": True}
+    state["model"]["merges"] = [pair for pair in state["model"]["merges"] if "\n" not in "".join(pair)]
+    state["model"]["vocab"] = {name: n for name, n in state["model"]["vocab"].items() if "\n" not in name}
+    llama = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(state)), bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    newline, fish = llama.convert_tokens_to_ids(["<0x0A>", "<0xF0>"])
+    prompt, response, cut = tokenize_response("\n\nHuman: Hi 🐟", "🐟\n", llama, 100)
+    assert prompt == llama("\n\nHuman: Hi 🐟")["input_ids"] and prompt.count(newline) == 2 and not cut
+    assert prompt.count(llama.bos_token_id) == 1 and prompt.count(fish) == 1
+    assert len(response) == 6 and response[0] == fish and response[4:] == [newline, llama.eos_token_id]
 
 
 def test_a_response_that_fits_ends_with_eos_and_one_that_is_cut_does_not(tokenizer):
@@ -418,6 +449,20 @@ def test_own_data_serve_for_every_stage(tmp_path, monkeypatch):
     assert data.texts == [pair["prompt"] + pair["chosen"] for pair in data.train]
     assert data.demonstrations["chosen"] == data.train["chosen"]
     assert data.prompts == list(dict.fromkeys(data.test["prompt"]))
+
+
+def test_demonstrations_of_real_data_are_held_out_over_all_of_them(tmp_path, monkeypatch):
+    """Files a and b, 60 rows each: the last twentieth would be of b alone. No more are held out than pairs are."""
+    for name in ("a", "b"):
+        rows = [hh(f"{name} is {number}?", " Yes.", " No.") for number in range(60)]
+        write_rows(tmp_path / "both" / f"{name}.jsonl", rows)
+    monkeypatch.setenv("LAB_DATA", str(tmp_path / "both"))
+    lab = Lab(replace(get_profile("smoke"), held_out=4))
+    train, held_out = _rows_of(lab, "sft", None)
+    asked = [row["prompt"].split()[1] for row in held_out]
+    assert len(asked) == 4 and set(asked) == {"a", "b"}
+    texts = [{row["prompt"] for row in part} for part in (train, held_out)]
+    assert len(train) + 4 == len(lab.demonstrations) and not texts[0] & texts[1]
 
 
 def test_the_world_goes_through_the_same_parser():

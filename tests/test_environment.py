@@ -125,7 +125,10 @@ def test_only_cuda_packages_are_counted(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "device", "status"),
-    [("qlora-7b", "cpu", "FIX"), ("qlora-7b", "cuda", "OK"), ("gpt2", "cpu", "NOTE"), ("cpu", "cpu", "OK")],
+    [
+        ("qlora-7b", "cpu", "FIX"), ("qlora-7b", "cuda", "OK"), ("qwen-0.5b", "cpu", "NOTE"), ("gpt2", "cpu", "NOTE"),
+        ("cpu", "cpu", "OK"),
+    ],  # fmt: skip
 )
 def test_what_a_profile_is_worth_without_a_gpu(name, device, status):
     """4-bit cannot work on a CPU, GPT-2 works slowly, and the small experiment needs no GPU at all."""

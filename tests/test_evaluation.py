@@ -3,16 +3,19 @@
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from tiny import EOS, Bigram, assert_same, gpt2, ragged_rows
+from transformers import MistralConfig
 
 from common.data import collate
 from common.evaluation import (
     Answer,
+    answers_at_once,
     generate,
     kl_on_samples,
     logps_of,
@@ -65,6 +68,15 @@ def test_batched_greedy_generation_equals_one_by_one(batch_size):
     expected = [greedy_by_hand(model, ids) for ids in Letters()(PROMPTS)["input_ids"]]
     assert [group[0].chosen_ids for group in answers] == expected
     assert len(set(map(len, expected))) > 1
+
+
+def test_large_models_answer_in_batches_whose_keys_and_values_fit():
+    """Mistral-7B, whose sizes are the library's defaults, in float32: 2 (keys, values) · 32 layers · 8 heads · 128 · 4
+    bytes = 262,144 a token, so 134 MB for 512 tokens and 14 answers in 2 GB. Llama-2-7B has 32 heads: 3. The tiny
+    model's 256 stay 256."""
+    for heads, expected in ((8, 14), (32, 3)):
+        assert answers_at_once(MistralConfig(num_key_value_heads=heads), 512) == expected
+    assert answers_at_once(tiny.gpt2().config, 192) == 256
 
 
 def test_an_answer_says_its_prompt_its_text_and_whether_it_ended():

@@ -3,6 +3,7 @@
 import errno
 import gzip
 import json
+from dataclasses import replace
 from io import BytesIO
 
 import datasets.config
@@ -171,6 +172,22 @@ def test_a_limit_downloads_no_more_than_is_read(fake):
     assert len(load_pairs("Anthropic/hh-rlhf", "train", limit=3)[0]) == 3
     fetched = {line.split("/")[-2] for line in fake.log if line.startswith("GET") and line.endswith("train.jsonl.gz")}
     assert fetched == {"harmless-base"}
+
+
+def test_held_out_rows_are_drawn_over_the_whole_split_and_the_report_says_so(fake, monkeypatch):
+    """The test split is read file by file, five rows of each of four subsets: its first six rows are of two subsets.
+    Twelve drawn of twenty are of all four, are the same ones again, and do not begin with those of one subset."""
+    first = load_pairs("Anthropic/hh-rlhf", "test", limit=6)[0]
+    assert len({prompt.split()[1] for prompt in first["prompt"]}) == 2
+    pairs, report = load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)
+    subsets = [prompt.split()[1] for prompt in pairs["prompt"]]
+    assert len(set(pairs["prompt"])) == 12 and set(subsets) == set(KNOWN["Anthropic/hh-rlhf"].subsets)
+    assert len(set(subsets[:5])) > 1
+    assert (report.rows, report.drawn) == (20, 12) and "drawn       12  of the rows kept, at random over" in str(report)
+    assert load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)[0].to_list() == pairs.to_list()
+    monkeypatch.setenv("LAB_DATA", "Anthropic/hh-rlhf")
+    data = load_lab_data(replace(get_profile("gpt2"), held_out=12))
+    assert data.test.to_list() == pairs.to_list() and data.reports["test"].drawn == 12
 
 
 def test_an_unknown_subset_lists_those_that_there_are(fake):

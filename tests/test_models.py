@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 from tiny import assert_same
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common import models
 from common.data import load_pairs
@@ -143,9 +143,28 @@ def test_pickled_weights_are_refused(tmp_path, tokenizer):
 
 def test_a_context_that_is_too_short_is_named(tokenizer):
     model = models.new_tiny_model(PROFILE, tokenizer)
-    models.check_context(model, PROFILE)
-    with pytest.raises(ModelError, match="160 positions, the profile needs 161"):
-        models.check_context(model, tiny.micro_profile(max_length=161))
+    models.check_fits(model, tokenizer, PROFILE)
+    with pytest.raises(ModelError, match="160 positions, the profile needs 161.*Name another LAB_MODEL"):
+        models.check_fits(model, tokenizer, tiny.micro_profile(max_length=161))
+
+
+def test_a_tokenizer_with_more_words_than_the_model_is_named(tokenizer):
+    """Its ids would point past the embedding's last row. Fewer words are usual: Qwen's embedding is padded."""
+    model = models.new_tiny_model(PROFILE, tokenizer)
+    model.resize_token_embeddings(len(tokenizer) + 8)
+    models.check_fits(model, tokenizer, PROFILE)
+    model.resize_token_embeddings(len(tokenizer) - 1)
+    message = f"knows {len(tokenizer) - 1} words, its tokenizer {len(tokenizer)}: they do not belong together"
+    with pytest.raises(ModelError, match=message):
+        models.check_fits(model, tokenizer, PROFILE)
+
+
+def test_a_tokenizer_without_an_end_token_is_named(tmp_path):
+    endless = tiny.tokenizer()
+    endless.eos_token = None
+    endless.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="has no end token .EOS., which training needs: name another LAB_MODEL"):
+        models.load_tokenizer(tmp_path)
 
 
 def test_the_gpt2_profile_trains_from_a_local_folder(tmp_path, tokenizer, monkeypatch, capsys):
@@ -167,6 +186,27 @@ def test_the_gpt2_profile_trains_from_a_local_folder(tmp_path, tokenizer, monkey
     assert_same(dpo.metrics[1]["loss"], 0.6931471805599453)
     with pytest.raises(MissingRun, match="--profile gpt2"):
         lab.load("orpo")
+
+
+def test_the_middle_profile_trains_a_qwen_from_a_local_folder(tmp_path, tokenizer, monkeypatch):
+    """Tied embeddings, grouped heads, gradient checkpointing and a frozen second model: DPO starts at ln 2, and both
+    copies of the tied weights are saved as one."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 512}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer) + 8, **sizes, **heads)).save_pretrained(tmp_path / "qwen")
+    tokenizer.save_pretrained(tmp_path / "qwen")
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in World(4).pairs(80)))
+    for name, value in {"MODEL": "qwen", "DATA": "mine.jsonl", "RUNS": "runs"}.items():
+        monkeypatch.setenv(f"LAB_{name}", str(tmp_path / value))
+    lab = open_lab("qwen-0.5b")
+    train(lab, "sft", epochs=0.3, evaluations=1)
+    for stage in ("dpo_plain", "orpo"):
+        run = train(lab, stage, epochs=0.3, evaluations=1, lr=1e-3)
+        assert run.model.is_gradient_checkpointing and run.record["path"] == "packed"
+        for (name, weight), loaded in zip(run.model.named_parameters(), lab.load(stage).parameters(), strict=True):
+            assert torch.equal(weight, loaded), name
+        if stage == "dpo_plain":
+            assert_same(run.metrics[1]["loss"], 0.6931471805599453)
 
 
 # --- LoRA and the reference

@@ -14,8 +14,8 @@ def no_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_four_profiles_of_the_design_are_there():
-    assert list(PROFILES) == ["smoke", "cpu", "gpt2", "qlora-7b"]
+def test_the_five_profiles_are_there_from_small_to_large():
+    assert list(PROFILES) == ["smoke", "cpu", "gpt2", "qwen-0.5b", "qlora-7b"]
     assert all(profile.name == name for name, profile in PROFILES.items())
 
 
@@ -50,8 +50,32 @@ def test_the_large_profile_is_four_bit_with_lora():
     assert not PROFILES["gpt2"].four_bit and PROFILES["gpt2"].lora == 0
 
 
+def test_the_middle_profile_trains_all_weights_with_gradient_checkpointing():
+    profile = PROFILES["qwen-0.5b"]
+    assert profile.model == "Qwen/Qwen2.5-0.5B" and profile.data == "Anthropic/hh-rlhf"
+    assert profile.gradient_checkpointing and not profile.four_bit and profile.lora == 0
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_every_number_has_a_source_or_is_said_to_be_ours(name):
+    """Rates of SFT, DPO and ORPO, β, λ. None of the full-size profiles was tuned here."""
+    profile = PROFILES[name]
+    assert profile.sources.keys() == {"sft", "dpo", "orpo"}
+    for stage, source in profile.sources.items():
+        assert source.startswith("rate: ") and ("β: " in source) == (stage == "dpo")
+        assert ("λ: " in source) == (stage == "orpo")
+        assert ("ours, tuned on seeds 0–2" if profile.model == TINY else "not tuned") in source
+
+
+def test_the_rates_of_full_size_models_are_within_the_advice():
+    """The lab pages: DPO 5e-7 to 5e-6, ORPO 5e-6 to 1e-5 for whole models; adapters take more."""
+    for name in ("gpt2", "qwen-0.5b", "qlora-7b"):
+        recipes, most = PROFILES[name].recipes, 5e-5 if PROFILES[name].lora else 1e-5
+        assert 5e-7 <= recipes["dpo"].lr <= 5e-6 and 5e-6 <= recipes["orpo"].lr <= most
+
+
 def test_an_unknown_profile_is_refused_with_those_that_exist(no_settings, monkeypatch):
-    expected = "Unknown profile 'laptop'. Set LAB_PROFILE to one of: smoke, cpu, gpt2, qlora-7b"
+    expected = "Unknown profile 'laptop'. Set LAB_PROFILE to one of: smoke, cpu, gpt2, qwen-0.5b, qlora-7b"
     with pytest.raises(ValueError, match=expected):
         get_profile("laptop")
     monkeypatch.setenv("LAB_PROFILE", "laptop")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 
 import nbformat
 import pytest
@@ -144,13 +145,32 @@ def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
     times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in results)
     assert readme_table.updated(text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])) == text
     assert readme_table.updated(text, "quality", readme_table.quality_markdown(scores)) == text
+    assert readme_table.updated(text, "recipes", readme_table.recipes_table(name)) == text
     text = (readme_table.ROOT / readme_table.ORPO_LAB / name).read_text(encoding="utf-8")
     comparison = json.loads(readme_table.COMPARISON.read_text(encoding="utf-8"))
     assert readme_table.updated(text, "comparison", readme_table.comparison_markdown(comparison)) == text
 
 
 def test_the_measured_line_names_the_profiles_that_were_not_measured():
-    """80.4 s is 1 min 20 s; of the four profiles only `cpu` has a time here."""
+    """80.4 s is 1 min 20 s; of the five profiles only `cpu` has a time here."""
     results = {"cpu": {"notebooks": {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6}}}}
     line = readme_table.measured_line(results, f"{LAB}/01-A.ipynb")
-    assert line.endswith("`cpu` 1 min 20 s · 0.62 GB. Not measured: `smoke`, `gpt2`, `qlora-7b`.")
+    assert line.endswith("`cpu` 1 min 20 s · 0.62 GB. Not measured: `smoke`, `gpt2`, `qwen-0.5b`, `qlora-7b`.")
+
+
+def test_the_recipes_are_the_profiles_own():
+    """A stage has a row; plain DPO only where its rate differs. 0.0004 is written 4e-4."""
+    english, chinese = (readme_table.recipes_table(name).splitlines() for name in readme_table.WORDS)
+    assert "| `smoke` | `dpo` | 4e-4 | 0.1 |  | 3 | rate: ours, tuned on seeds 0–2; β: " in "\n".join(english)
+    assert "| `cpu` | `orpo` | 5e-3 |  | 0.5 | 2 | rate: ours, tuned on seeds 0–2; λ: the lab page |" in english
+    stages = [line.split("`")[3] for line in english[2:] if line.startswith("| `qlora-7b`")]
+    assert stages == ["sft", "dpo", "orpo"] and sum("dpo_plain" in line for line in english) == 2
+    assert [line.split("|")[1:7] for line in chinese[2:]] == [line.split("|")[1:7] for line in english[2:]]
+
+
+def test_no_source_is_left_in_english_in_the_chinese_readme():
+    """Outside links and code, the words that remain are names."""
+    text = "\n".join(line.split("|")[7] for line in readme_table.recipes_table("README.zh-TW.md").splitlines()[2:])
+    words = set(re.findall("[A-Za-z]+", re.sub(r"\(http[^)]*\)", "", text)))
+    assert words <= {"TRL", "GPT", "Qwen", "B", "Instruct", "DPO", "QLoRA", "Zephyr", "ORPO", "Mistral", "Trainer",
+                     "transformers", "e"}  # fmt: skip

@@ -2,7 +2,8 @@
 
 A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it.
 What it shows is in benchmarks/results: notebooks.json (times) and comparison.json (methods side by side), written by
-`python tools/run_labs.py --fresh --record`, and quality.json, written by `python -m benchmarks.quality`.
+`python tools/run_labs.py --fresh --record`, and quality.json, written by `python -m benchmarks.quality`. The table of
+recipes is made of `common.profiles`.
 """
 
 import json
@@ -24,6 +25,57 @@ WORDS = {  # README → heading of the first column, name of the last row, "not 
     "README.md": ("notebook", "all", "not measured"),
     "README.zh-TW.md": ("筆記本", "全部", "未測量"),
 }
+
+
+RECIPE_HEADINGS = {
+    "README.md": ("profile", "stage", "learning rate", "β", "λ", "epochs", "where they come from"),
+    "README.zh-TW.md": ("設定檔", "階段", "學習率", "β", "λ", "輪數", "出處"),
+}
+CHINESE = (  # of the words in `Profile.sources`, the longest first
+    ("the upper end of the lab pages' 5e-7 to 5e-6", "實驗頁面 5e-7 至 5e-6 的上限"),
+    ("the default of transformers' Trainer", "transformers 的 Trainer 預設值"),
+    ("ten times that of the [ORPO authors' script for Mistral-7B]", "[ORPO 作者的 Mistral-7B 腳本]"),
+    (", since only an adapter learns", " 的十倍，因為只有轉接器在學"),
+    ("[Zephyr's QLoRA recipe]", "[Zephyr 的 QLoRA 配方]"),
+    ("ours, tuned on seeds 0–2", "自訂，在種子 0–2 上調整"),
+    ("[TRL's example]", "[TRL 的範例]"),
+    ("its default", "其預設值"),
+    ("the lab page", "實驗頁面"),
+    ("the same script", "同一腳本"),
+    ("not tuned", "未調整"),
+    ("(its β: 0.01)", "（其 β：0.01）"),
+    (" for ", "，用於 "),
+    (" at 7B, and ", "（7B），以及"),
+    ("rate: ", "學習率："),
+    ("β: ", "β："),
+    ("λ: ", "λ："),
+    ("App. B", "附錄 B"),
+    ("; ", "；"),
+    (", ", "，"),
+)
+
+
+def number(value: float) -> str:
+    """`5e-6`, `2.5e-4`, `0.1`, `2`."""
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}" if value < 1e-2 else f"{value:g}"
+
+
+def recipes_table(readme: str) -> str:
+    """One row per profile and stage: learning rate, β or λ, epochs, and where the numbers come from."""
+    headings = RECIPE_HEADINGS[readme]
+    rows = [headings, ["---"] * len(headings)]
+    for name, profile in PROFILES.items():
+        for stage in ("sft", "dpo_plain", "dpo", "orpo"):
+            recipe, source = profile.recipes[stage], profile.sources[stage.removesuffix("_plain")]
+            if stage == "dpo_plain" and recipe.lr == profile.recipes["dpo"].lr:
+                continue
+            for english, chinese in CHINESE if readme == "README.zh-TW.md" else ():
+                source = source.replace(english, chinese)
+            beta = number(recipe.beta) if stage.startswith("dpo") else ""
+            weight = number(recipe.lambda_or) if stage == "orpo" else ""
+            rows.append([f"`{name}`", f"`{stage}`", number(recipe.lr), beta, weight, number(recipe.epochs), source])
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
 
 
 def measured(timing: dict[str, float]) -> str:
@@ -93,7 +145,8 @@ def update_readmes() -> None:
     for name, words in WORDS.items():
         path = ROOT / name
         text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
-        path.write_text(updated(text, "quality", quality_markdown(scores)), encoding="utf-8", newline="\n")
+        text = updated(updated(text, "quality", quality_markdown(scores)), "recipes", recipes_table(name))
+        path.write_text(text, encoding="utf-8", newline="\n")
         print(f"{name}: times of {', '.join(times)}; quality of {', '.join(scores['profiles'])}")
         path = ROOT / ORPO_LAB / name
         text = updated(path.read_text(encoding="utf-8"), "comparison", comparison_markdown(comparison))
