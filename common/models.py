@@ -84,17 +84,30 @@ def load_tokenizer(source: str | Path):
     return tokenizer
 
 
+def tiny_config(profile: Profile, vocabulary: int, **token_ids: int) -> GPT2Config:
+    """The architecture of the embedded profiles: a small GPT-2 without dropout."""
+    # "gelu_pytorch_tanh" is GPT-2's own "gelu_new" in one fused kernel instead of seven small ones.
+    return GPT2Config(
+        vocab_size=vocabulary, n_positions=profile.max_length, n_embd=profile.width, n_layer=profile.layers,
+        n_head=profile.heads, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        **token_ids,
+    )  # fmt: skip
+
+
 def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadModel:
     """A GPT-2 with random weights, sized by the profile. The seed decides the weights; the global RNG is left alone."""
-    # "gelu_pytorch_tanh" is GPT-2's own "gelu_new" in one fused kernel instead of seven small ones.
-    config = GPT2Config(
-        vocab_size=len(tokenizer), n_positions=profile.max_length, n_embd=profile.width, n_layer=profile.layers,
-        n_head=profile.heads, activation_function="gelu_pytorch_tanh", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
-        bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
+    config = tiny_config(profile, len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=pad)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
+
+
+def four_bit_settings(compute: torch.dtype) -> BitsAndBytesConfig:
+    """nf4 with double quantisation, as in QLoRA (Dettmers et al. 2023); products are computed in `compute`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
 
 
 def load_model(source: str | Path, profile: Profile, reward_head: bool = False, device: str | None = None):
@@ -108,13 +121,7 @@ def load_model(source: str | Path, profile: Profile, reward_head: bool = False, 
     options = {"dtype": torch.float32, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
         compute = getattr(torch, dtype_name)
-        options |= {
-            "dtype": compute,
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=compute,
-            ),
-        }  # fmt: skip
+        options |= {"dtype": compute, "quantization_config": four_bit_settings(compute)}
     kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     before = transformers.utils.logging.get_verbosity()
     if reward_head:  # The library would warn that the head is new: it is meant to be.
@@ -134,18 +141,23 @@ def check_context(model, profile: Profile) -> None:
         raise ModelError(f"The model has {positions} positions, the profile needs {profile.max_length}: too short.")
 
 
+def lora_settings(model, profile: Profile):
+    """LoRA of the profile's rank on all linear layers but the head."""
+    from peft import LoraConfig
+
+    rank, task = profile.lora or 8, "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task)
+
+
 def add_lora(model, profile: Profile):
     """The model with a fresh LoRA adapter on its linear layers (Hu et al. 2021). Adapter off = the model as it was."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
     if profile.four_bit:
         model = prepare_model_for_kbit_training(
             model, profile.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    rank = profile.lora or 8
-    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task)
-    return get_peft_model(model, config)
+    return get_peft_model(model, lora_settings(model, profile))
 
 
 def merge_lora(model, source: str | Path, profile: Profile):
