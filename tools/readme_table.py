@@ -2,7 +2,8 @@
 
 A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it.
 What it shows is in benchmarks/results: notebooks.json (times) and comparison.json (methods side by side), written by
-`python tools/run_labs.py --fresh --record`, and quality.json, written by `python -m benchmarks.quality`.
+`python tools/run_labs.py --fresh --record`, quality.json, written by `python -m benchmarks.quality`, step.json, by
+`python -m benchmarks.step`, and gpu.json, by `python -m benchmarks.gpu`. Without the last two: "not measured".
 """
 
 import json
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from bench_table import gpu_markdown, read, step_summary
 from results_table import comparison_markdown, quality_markdown
 
 from common.profiles import PROFILES
@@ -24,6 +26,7 @@ WORDS = {  # README → heading of the first column, name of the last row, "not 
     "README.md": ("notebook", "all", "not measured"),
     "README.zh-TW.md": ("筆記本", "全部", "未測量"),
 }
+LANGUAGES = {"README.md": "en", "README.zh-TW.md": "zh"}
 
 
 def measured(timing: dict[str, float]) -> str:
@@ -93,6 +96,8 @@ def update_readmes() -> None:
     for name, words in WORDS.items():
         path = ROOT / name
         text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
+        text = updated(text, "step", step_summary(read("step"), LANGUAGES[name]))
+        text = updated(text, "gpu", gpu_markdown(read("gpu"), LANGUAGES[name]))
         path.write_text(updated(text, "quality", quality_markdown(scores)), encoding="utf-8", newline="\n")
         print(f"{name}: times of {', '.join(times)}; quality of {', '.join(scores['profiles'])}")
         path = ROOT / ORPO_LAB / name
