@@ -140,19 +140,19 @@ def scaling_markdown(results: dict) -> str:
     return "\n".join([*table(rows), "", *verdicts(results["bars"])]) + "\n"
 
 
-def _cell(part: dict, words: dict, value) -> str:
+def _gpu_cell(part: dict, words: dict, value) -> str:
     """What `value` says of a path that was measured; else why there is nothing to say."""
     if "failed" in part:
         return words["failed"]
     return words["large"] if part["out_of_memory"] else value(part)
 
 
-def _row(method: dict, words: dict) -> list[str]:
+def _gpu_row(method: dict, words: dict) -> list[str]:
     """Peaks and speeds of all paths; prediction and hours of the recipe's own."""
     paths, own = [method["paths"][path] for path in PATHS], method["paths"][method["path"]]
-    peaks = [_cell(part, words, lambda part: f"{part['peak_bytes'] / GB:.2f}") for part in paths]
-    speeds = [_cell(part, words, lambda part: f"{part['tokens_per_second']['sample']:.0f}") for part in paths]
-    hours = _cell(own, words, lambda part: f"{method['steps'] * part['step_seconds']['sample'] / 3600:.1f}")
+    peaks = [_gpu_cell(part, words, lambda part: f"{part['peak_bytes'] / GB:.2f}") for part in paths]
+    speeds = [_gpu_cell(part, words, lambda part: f"{part['tokens_per_second']['sample']:.0f}") for part in paths]
+    hours = _gpu_cell(own, words, lambda part: f"{method['steps'] * part['step_seconds']['sample'] / 3600:.1f}")
     predicted = f"{own['predicted_bytes'] / GB:.2f}" if own["predicted_bytes"] else words["unpredicted"]
     return [" · ".join(peaks), predicted, " · ".join(speeds), hours]
 
@@ -163,7 +163,7 @@ def gpu_rows(results: dict | None, language: str = "en") -> list[str]:
     for name in [name for name, profile in PROFILES.items() if profile.model != TINY]:
         found = (results or {"profiles": {}})["profiles"].get(name)
         for method, label in METHODS.items():
-            cells = _row(found["methods"][method], words) if found else [words["missing"]] * 4
+            cells = _gpu_row(found["methods"][method], words) if found else [words["missing"]] * 4
             rows.append([f"`{name}`", label, *cells])
     return table([words["heads"], *rows])
 
