@@ -72,7 +72,7 @@ def _random_four_bit(config: PretrainedConfig, device: str):
         _fill(model, module, compute, device)
     model.tie_weights()
     model.hf_quantizer = quantizer
-    return quantizer.postprocess_model(model)
+    return models.without_repacking(quantizer.postprocess_model(model))
 
 
 def _fill(model, module: torch.nn.Module, compute: torch.dtype, device: str) -> None:

@@ -131,7 +131,19 @@ def load_model(source: str | Path, profile: Profile, reward_head: bool = False, 
         model = _from_hub(kind.from_pretrained, str(source), **options)
     finally:
         transformers.utils.logging.set_verbosity(before)
-    return model.to(device) if not profile.four_bit else model
+    return without_repacking(model) if profile.four_bit else model.to(device)
+
+
+def without_repacking(model):
+    """The 4-bit model itself, whose layers will not repack their weights.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them in the first evaluation forward, and from then on no gradient
+    passes through the layer: training after an evaluation would be silently wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def check_context(model, profile: Profile) -> None:

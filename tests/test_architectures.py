@@ -92,6 +92,24 @@ def test_a_4_bit_model_has_values_and_trains_through_its_adapter(llama, tmp_path
     assert gradients and all(gradient.abs().max() > 0 for gradient in gradients)
 
 
+@pytest.mark.parametrize("load", [lambda folder, profile: models.load_model(folder, profile),
+                                  lambda folder, profile: random_model(profile, "cpu")])  # fmt: skip
+def test_gradients_of_a_4_bit_model_are_the_same_after_an_evaluation(llama, tmp_path, load):
+    """Left alone, bitsandbytes repacks the weights in it on some CPUs, and stops the gradients from then on."""
+    profile = tiny.micro_profile(model=str(tmp_path), four_bit=True, lora=4)
+    model, ids = models.add_lora(load(tmp_path, profile), profile), torch.arange(12)[None]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model.train()(ids, labels=ids).loss.backward()
+        return [weight.grad.clone() for weight in model.parameters() if weight.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(ids)
+    assert all(torch.equal(one, other) for one, other in zip(before, gradients(), strict=True))
+
+
 @pytest.mark.parametrize("changes", [{}, {"model": "llama"}])
 def test_in_full_precision_it_is_an_ordinary_model(llama, tmp_path, changes):
     """The tiny profiles' own GPT-2, or the Llama of the folder."""
