@@ -9,7 +9,7 @@ import tempfile
 import types
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 from common.data import collate, load_pairs, tokenize_pairs
 from common.logprobs import response_logps
@@ -127,17 +128,32 @@ def with_reference_columns(bench: Bench, rows: list[dict]) -> list[dict]:
 # Each of these returns the loss of one batch of rows, a scalar to call `backward` on.
 
 
-def ours(path: str, cached: bool = False) -> Callable:
+def ours(path: str, cached: bool = False, fused: bool = True) -> Callable:
     def loss(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
         batch, known = collate(rows, PAD, bench.device), None
-        if method == "dpo" and cached:
-            known = from_columns(rows, batch)
-        elif method == "dpo":
-            with torch.no_grad():
-                known = response_logps(bench.reference, batch, path)
-        return ours_given(bench, method, rows, path, known, batch)
+        with fused_gelu(bench.policy, bench.reference) if fused else nullcontext():
+            if method == "dpo" and cached:
+                known = from_columns(rows, batch)
+            elif method == "dpo":
+                with torch.no_grad():
+                    known = response_logps(bench.reference, batch, path)
+            return ours_given(bench, method, rows, path, known, batch)
 
     return loss
+
+
+@contextmanager
+def fused_gelu(*models: GPT2LMHeadModel | None):
+    """GPT-2's GELU in its fused form, as `common.models.load_model` makes it, while a loss is computed."""
+    blocks = [block for model in models if model for block in model.transformer.h]
+    stock = [block.mlp.act for block in blocks]
+    try:
+        for block in blocks:
+            block.mlp.act = ACT2FN["gelu_pytorch_tanh"]
+        yield
+    finally:
+        for block, act in zip(blocks, stock, strict=True):
+            block.mlp.act = act
 
 
 def ours_given(bench: Bench, method: str, rows: list[dict], path: str, known, batch: dict) -> torch.Tensor:
@@ -311,6 +327,7 @@ VARIANTS = {
     "textbook": Variant("textbook", textbook),
     "authors": Variant("the authors' code", authors, loss_tolerance=1e-2, gradient_tolerance=1e-5),
     "simple": Variant("ours, simple", ours("simple")),
+    "packed_unfused": Variant("ours, packed, GELU not fused", ours("packed", fused=False)),
     "packed": Variant("ours, packed", ours("packed")),
     "packed_cached": Variant("ours, packed, reference cached", ours("packed", cached=True), cached=True),
 }

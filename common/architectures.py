@@ -54,7 +54,7 @@ def random_model(profile: Profile, device: str):
     if models.is_tiny(profile):
         config = models.tiny_config(profile, profile.vocabulary)
     else:
-        config = model_config(profile.model)
+        config = models.with_fused_gelu(model_config(profile.model))
     if profile.four_bit:
         return _random_four_bit(config, device)
     with torch.device(device):

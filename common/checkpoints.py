@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from common.runs import written_whole
 
@@ -42,9 +45,10 @@ def save(accelerator, folder: Path, state: dict) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-            for path in partial.iterdir():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+            for path in partial.rglob("*"):  # FSDP writes folders of shards
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
             for old in folder.glob("checkpoint-[0-9]*"):
@@ -68,16 +72,35 @@ def remove(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def save_best(model, folder: Path) -> None:
-    """Keeps the trainable weights of the best evaluation so far, in `best/`."""
-    trained = [(name, weight) for name, weight in model.named_parameters() if weight.requires_grad]
-    weights = {name: weight.detach().cpu().contiguous() for name, weight in trained}
-    with written_whole(folder / "best") as scratch:
-        scratch.mkdir()
-        save_file(weights, scratch / "weights.safetensors")
+def whole(weight: torch.Tensor) -> torch.Tensor:
+    """A weight as it is or, of a sharded model, put together from all processes, which all take part."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def whole_weights(weights: Iterable[tuple[str, torch.Tensor]], main: bool) -> dict[str, torch.Tensor]:
+    """Weights by name, on the CPU of the main process; on others, nothing. Of a sharded model all take part."""
+    found = {}
+    for name, weight in weights:
+        weight = whole(weight)  # one at a time: together they may not fit
+        if main:
+            found[name] = weight.detach().cpu().contiguous()
+    return found
+
+
+def save_best(model, folder: Path, main: bool) -> None:
+    """Keeps the trainable weights of the best evaluation so far, in `best/`. All processes take part."""
+    weights = whole_weights([named for named in model.named_parameters() if named[1].requires_grad], main)
+    if main:
+        with written_whole(folder / "best") as scratch:
+            scratch.mkdir()
+            save_file(weights, scratch / "weights.safetensors")
+
+
+@torch.no_grad()
 def load_best(model, folder: Path) -> None:
-    """Puts those weights back."""
-    weights = load_file(folder / "best" / "weights.safetensors", device=str(model.device))
-    model.load_state_dict(weights, strict=False)
+    """Puts those weights back. All processes take part."""
+    own = dict(model.named_parameters())
+    for name, weight in load_file(folder / "best" / "weights.safetensors", device=str(model.device)).items():
+        if isinstance(own[name], DTensor):
+            weight = distribute_tensor(weight, own[name].device_mesh, own[name].placements)
+        own[name].copy_(weight)

@@ -5,6 +5,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from common.curves import GREY, PALETTE, REJECTED
+from common.simulate import PARTS, Forecast
 
 COLOURS = dict(zip(("SFT", "λ = 0", "DPO plain", "DPO + NLL", "ORPO"), PALETTE, strict=False))  # the same everywhere
 
@@ -156,4 +157,24 @@ def gradient_cosines(steps: list[int], cosines: dict[str, list], nll: list[float
     for ax in (left, right):
         ax.locator_params(axis="x", integer=True)
     figure.suptitle(title)
+    return figure
+
+
+def memory_forecasts(forecasts: list[Forecast], gigabytes: float) -> Figure:
+    """Predicted memory per profile and method: a bar of parts for the training step, a mark for the other phases."""
+    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(forecasts)), layout="constrained")
+    names = [f"{forecast.profile}  {forecast.method.upper()}" for forecast in forecasts]
+    places, left = np.arange(len(forecasts))[::-1], np.zeros(len(forecasts))
+    for part, colour in zip(PARTS, plt.get_cmap("tab10").colors, strict=False):
+        sizes = np.array([forecast.parts[part] / 1e9 for forecast in forecasts])
+        if sizes.any():
+            ax.barh(places, sizes, left=left, color=colour, label=part)
+            left += sizes
+    for phase, mark in (("evaluation", "D"), ("answers", "o")):
+        sizes = [forecast.phases[phase] / 1e9 for forecast in forecasts]
+        ax.plot(sizes, places, mark, color="black", markersize=5, label=f"peak of {phase}")
+    ax.axvline(gigabytes, color=REJECTED, linestyle="--", label=f"{gigabytes:g} GB")
+    ax.set_yticks(places, names)
+    ax.set(xlabel="predicted peak of GPU memory (GB of 1e9 bytes)", xlim=(0, gigabytes * 1.05))
+    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

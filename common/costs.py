@@ -28,7 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from common import losses
 from common.data import collate
 from common.logprobs import response_logps
-from common.models import add_lora, freeze, frozen_copy
+from common.models import add_lora, freeze, frozen_copy, with_fused_gelu
 from common.profiles import PROFILES, Recipe
 
 # Passes through the model per pair and epoch, one per answer: (forward, backward).
@@ -133,6 +133,7 @@ def measure_method(method: str, lora: bool, pairs: int, length: int, layers: int
         scratch memory; seconds per step (median without the first).
     """
     config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = with_fused_gelu(config)  # as `load_model` does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = 0 if device == "cuda" else _resident()
     torch.manual_seed(0)

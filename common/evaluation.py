@@ -94,14 +94,27 @@ def preference_metrics(policy: PairLogps, reference: PairLogps, beta: float = BE
     }  # fmt: skip
 
 
+def cache_bytes(config) -> int:
+    """Bytes of a token's keys and values in all layers, in float32."""
+    heads = config.num_attention_heads
+    per_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return 2 * config.num_hidden_layers * (getattr(config, "num_key_value_heads", None) or heads) * per_head * 4
+
+
+def answers_at_once(config, tokens: int) -> int:
+    """How many answers to write at once: 256, or as many as have their keys and values in 2 GB."""
+    return max(1, min(256, int(2e9 / (tokens * cache_bytes(config)))))
+
+
 @torch.no_grad()
 def generate(
     model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float = 1.0, samples: int = 1,
-    seed: int = 0, batch_size: int = 256, progress: bool = False,
+    seed: int = 0, batch_size: int | None = None, progress: bool = False,
 ) -> list[list[Answer]]:  # fmt: skip
     """`samples` answers to each prompt; temperature 0 is greedy. The global random state is left alone.
 
-    Prompts of a batch are padded on the left, so that every answer starts right after its prompt.
+    Prompts of a batch (default: `answers_at_once`) are padded on the left, so that every answer starts right after its
+    prompt.
     Returns: one list of answers per prompt. Raises: ValueError if a prompt leaves no room for an answer.
     """
     end = tokenizer.eos_token_id
@@ -110,6 +123,7 @@ def generate(
     if room < max_new_tokens:
         raise ValueError(f"The longest prompt leaves room for {room} of {max_new_tokens} new tokens: shorten it.")
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    batch_size = batch_size or answers_at_once(model.config, max(map(len, ids)) + max_new_tokens)
     flat, training = [], model.training
     model.eval()
     with torch.random.fork_rng():

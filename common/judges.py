@@ -8,7 +8,7 @@ from torch import Tensor
 
 from common.data import collate, tokenize_response
 from common.evaluation import Answer, WinRate, win_rate
-from common.losses import share_positive
+from common.losses import bradley_terry_loss, share_positive
 from common.toyworld import World
 
 
@@ -54,6 +54,14 @@ def rewards(model, batch: dict[str, Tensor], side: str) -> Tensor:
     finally:
         hook.remove()
     return logits.squeeze(-1).double()
+
+
+def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict]:
+    """Loss and metrics of a reward model on a micro-batch, scaled as in `losses.objective`."""
+    chosen, rejected = rewards(model, batch, "chosen"), rewards(model, batch, "rejected")
+    margin = (chosen - rejected).detach()
+    metrics = {"margin": margin.sum() / pairs, "accuracy": share_positive(margin) * len(margin) / pairs}
+    return bradley_terry_loss(chosen, rejected).sum() / pairs, metrics
 
 
 class RewardJudge:

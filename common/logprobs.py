@@ -113,10 +113,11 @@ def _attention(module, query, key, value, attention_mask, **options):
     """
     if attention_mask is None or attention_mask.dtype != torch.long:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    lengths, outputs = attention_mask[0, 0], []
-    parts = [states.split(lengths.flatten().tolist(), dim=2) for states in (query, key, value)]
-    for prompt in range(0, lengths.numel(), lengths.shape[1]):
-        for side in range(1, lengths.shape[1]):
+    lengths, outputs = attention_mask.tolist()[0][0], []
+    parts = [states.split(sum(lengths, []), dim=2) for states in (query, key, value)]
+    for pair, row_lengths in enumerate(lengths):
+        prompt = pair * len(row_lengths)
+        for side in range(1, len(row_lengths)):
             row = [torch.cat([states[prompt], states[prompt + side]], dim=2) for states in parts]
             output, _ = sdpa_attention_forward(module, *row, None, **options)
             outputs.append(output if side == 1 else output[:, parts[0][prompt].shape[2] :])

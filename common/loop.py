@@ -5,41 +5,30 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedType, set_seed
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import checkpoints, losses, models
+from common import checkpoints, held_out, losses, models, processes
 from common.curves import LiveFigure
 from common.data import collate
-from common.evaluation import Answer, generate, logps_of
-from common.judges import RuleJudge, head_to_head, rewards
+from common.judges import reward_objective
 from common.logprobs import PairLogps, checked_path, response_logps
 from common.profiles import Recipe, device_and_precision
 from common.reference import cache_reference, from_columns
 from common.runs import Lab, read_metrics, stage_of, write_lines
 from common.signs import signs_of_over_optimisation
 
-SAMPLED_PROMPTS = 64  # held-out prompts answered at every evaluation, for KL and win rate
-
 
 class TrainingError(RuntimeError):
     """Training that cannot go on. The message says where it stopped and what to do."""
-
-
-def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict]:
-    """Loss and metrics of a reward model on a micro-batch, scaled as in `losses.objective`."""
-    chosen, rejected = rewards(model, batch, "chosen"), rewards(model, batch, "rejected")
-    margin = (chosen - rejected).detach()
-    metrics = {"margin": margin.sum() / pairs, "accuracy": losses.share_positive(margin) * len(margin) / pairs}
-    return losses.bradley_terry_loss(chosen, rejected).sum() / pairs, metrics
 
 
 class Trainer:
@@ -55,6 +44,14 @@ class Trainer:
         self.sides = ("chosen",) if imitates else ("chosen", "rejected")  # lambda 0 needs no rejected answers
         # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find each other.
         self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no" if lab.profile.four_bit else mixed)
+        processes.check_launch(self.accelerator)
+        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
+        if self.sharded and (lab.profile.lora or stage.endswith("_lora")):
+            raise processes.LaunchError("FSDP is for full fine-tuning here. LoRA fits one GPU: use torchrun.")
+        count, batch = self.accelerator.num_processes, min(recipe.batch_size, len(rows))
+        divided = processes.shares(count, batch, recipe.micro_batch, stage_of(stage).rows, self.sharded)
+        if self.accelerator.is_main_process and (count > 1 or batch > recipe.micro_batch):
+            print(f"{stage}: {divided}")
         self.per_epoch = max(1, len(rows) // recipe.batch_size)  # the rest is shuffled into other epochs
         self.steps = max(1, round(self.per_epoch * recipe.epochs))
         counters = ("step", "tokens", "reference_flops", "wall", "cpu", "aside", "peak", "since_best")
@@ -72,8 +69,11 @@ class Trainer:
         if self.method in ("dpo", "orpo", "reward"):  # noise in the policy alone would move it off its reference
             models.disable_dropout(self.model)
         self.model.config.pad_token_id = self.pad
+        if self.sharded and reference is not None:
+            reference = fsdp2_prepare_model(self.accelerator, reference)
         self.reference, self.held_out_reference, self.reference_answers = reference, None, None
-        self.path = self.choose_path()
+        if not self.sharded:
+            self.path = self.choose_path()
         trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
         if profile.optimizer == "paged_adamw_8bit" and torch.cuda.is_available():
@@ -86,6 +86,8 @@ class Trainer:
         self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
         self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.accelerator.register_for_checkpointing(self.schedule)
+        if self.sharded:  # before, its weights were on the CPU
+            self.path = self.choose_path()
         if self.method == "dpo" and recipe.cache_reference:
             cache_reference(self)
 
@@ -96,7 +98,7 @@ class Trainer:
         first = [self.rows[number] for number in self.step_rows(0)[: self.recipe.micro_batch]]  # on every process
         longest = max(self.rows, key=lambda row: len(row["prompt_ids"]) + max(len(row[f"{s}_ids"]) for s in self.sides))
         batches = [collate(rows, self.pad, self.model.device, self.sides) for rows in (first, [longest])]
-        path, why = checked_path(self.model, batches)
+        path, why = processes.of_main(checked_path(self.model, batches))  # the same on every process
         if self.accelerator.is_main_process:
             print(f"{self.stage}: {path} path, {why}")
         return path
@@ -130,8 +132,9 @@ class Trainer:
         """Loss and metrics of a micro-batch of a step with so many pairs and tokens."""
         if self.method == "reward":
             return reward_objective(self.policy, batch, pairs)
+        reference = self.reference_logps(batch)  # first: the policy's activations, kept from then on, are not there yet
         policy = response_logps(self.policy, batch, self.path, score_prompt=self.recipe.nll_on_prompt)
-        return losses.objective(self.method, self.recipe, policy, self.reference_logps(batch), pairs, tokens)
+        return losses.objective(self.method, self.recipe, policy, reference, pairs, tokens)
 
     def micro_batches(self, numbers: list[int]) -> list[dict]:
         """This process's share of a step, in micro-batches."""
@@ -200,81 +203,42 @@ class Trainer:
         self.path = own
         return counted
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out loss, both log-probabilities and, for preference stages, KL and win rate on samples."""
-        test, recipe = self.lab.test_pairs, replace(self.recipe, nll_on_prompt=False)
-        if self.method == "reward":
-            return self.evaluate_reward()
-        pairs = self.logps(self.model, test)
-        own = pairs if "rejected_ids" in self.held_out[0] else self.logps(self.model, self.held_out)
-        if self.method == "dpo" and self.held_out_reference is None:
-            with self.as_reference() as reference:
-                self.held_out_reference = self.logps(reference, test)
-        count, tokens = len(self.held_out), losses.scored_tokens(self.held_out, recipe)
-        loss, metrics = losses.objective(self.method, recipe, own, self.held_out_reference, count, tokens)
-        metrics |= {"loss": loss, "nll": losses.sft_loss(own.chosen.sums, own.chosen.lengths)}
-        metrics |= {"logps_chosen": pairs.chosen.sums.mean(), "logps_rejected": pairs.rejected.sums.mean()}
-        if self.method == "dpo" or self.reference is not None:
-            metrics |= self.sample()
-        return {f"held_out_{name}": float(value) for name, value in metrics.items()}
-
-    def evaluate_reward(self) -> dict[str, float]:
-        """Held-out loss, margin and accuracy of a reward model."""
-        self.policy.eval()
-        total = {}
-        for rows in batched(self.held_out, self.eval_batch):
-            loss, metrics = reward_objective(self.model, collate(rows, self.pad, self.model.device), len(self.held_out))
-            for name, value in {"loss": loss, **metrics}.items():
-                total[f"held_out_{name}"] = total.get(f"held_out_{name}", 0.0) + float(value)
-        return total
-
-    def logps(self, model, rows: list[dict]) -> PairLogps:
-        """Log-probabilities of all rows, without gradients."""
-        return logps_of(model, rows, self.pad, self.eval_batch, self.path)
-
-    def sample(self) -> dict[str, float]:
-        """KL to the reference and win rate against it, on one answer to each of a few held-out prompts."""
-        world, measures = self.lab.data.world, {}
-        answers = self.answer(self.model, self.lab.seed)
-        if self.reference is not None or self.lora:  # not after its log-probabilities were cached
-            rows = [vars(answer) for group in answers for answer in group]
-            policy = self.logps(self.model, rows)
-            with self.as_reference() as reference:
-                measures["kl"] = (policy.chosen.sums - self.logps(reference, rows).chosen.sums).mean()
-                if world and self.reference_answers is None:
-                    self.reference_answers = self.answer(reference, self.lab.seed + 1)
-        if world:
-            measures["win_rate"] = head_to_head(RuleJudge(world), answers, self.reference_answers).rate
-        return measures
-
-    def answer(self, model, seed: int) -> list[list[Answer]]:
-        """One sampled answer to each of a few held-out prompts."""
-        prompts, length = self.lab.prompts[:SAMPLED_PROMPTS], self.lab.profile.max_new_tokens
-        return generate(model, self.lab.tokenizer, prompts, length, seed=seed)
+        """Held-out measures, as `held_out_<name>`."""
+        return held_out.measures(self)
 
     def evaluates_at(self, step: int) -> bool:
         """Is this one of the recipe's evaluations? They are spread evenly, and the last is at the last step."""
         times = min(max(1, self.recipe.evaluations), self.steps)
         return step * times // self.steps > (step - 1) * times // self.steps
 
-    def resume_from(self, fingerprint: str) -> list[dict]:
-        """Goes back to the newest checkpoint of this very run, if there is one. Returns the metrics up to it."""
+    def newest_checkpoint(self, fingerprint: str) -> tuple[Path, dict, list[dict]] | None:
+        """The newest checkpoint of this very run, its state, and the metrics up to it; None if there is none."""
         newest = checkpoints.newest(self.folder)
         state = checkpoints.read_state(newest) if newest else {}
         if state.get("fingerprint") != fingerprint:
             if newest:
                 print(f"{self.stage}: the checkpoint in {self.folder.name} is of other settings or data; starting anew")
+            return None
+        return newest, state, [row for row in read_metrics(self.folder) if row["step"] <= state["step"]]
+
+    def resume_from(self, fingerprint: str) -> list[dict]:
+        """Goes back to that checkpoint, if there is one, on all processes. Returns the metrics up to it."""
+        main = self.accelerator.is_main_process
+        found = processes.of_main(self.newest_checkpoint(fingerprint) if main else None)
+        if not found:
             return []
+        newest, self.state, metrics = found
         self.accelerator.load_state(str(newest))
-        self.state = state
-        print(f"{self.stage}: resumed at step {state['step']} of {self.steps}")
-        return [row for row in read_metrics(self.folder) if row["step"] <= state["step"]]
+        if main:
+            print(f"{self.stage}: resumed at step {self.state['step']} of {self.steps}")
+        return metrics
 
     def run(self, fingerprint: str, resume: bool, live: bool, checkpoint_every: int | None) -> list[dict]:
         """The loop. Returns one dict of metrics per step; row 0 is the model as it was."""
         main = self.accelerator.is_main_process
         self.state["fingerprint"] = fingerprint
+        processes.check_same(fingerprint)
         metrics = self.resume_from(fingerprint) if resume else []
         if main:
             write_lines(self.folder / "metrics.jsonl", metrics)  # makes the folder, or says why it cannot
@@ -282,7 +246,7 @@ class Trainer:
             if not metrics:
                 checkpoints.remove(self.folder)
         if not metrics:
-            metrics = [{"step": 0, **self.evaluate()}]
+            metrics = [{"step": 0, **processes.of_main(self.evaluate())}]
             write_lines(self.folder / "metrics.jsonl", metrics) if main else None
         figure = LiveFigure(self.stage, self.steps) if live and main else None
         process = psutil.Process()
@@ -294,7 +258,7 @@ class Trainer:
             row = self.step()
             step, last, start = row["step"], row["step"] == self.steps, time.perf_counter()
             if evaluated := self.evaluates_at(step):
-                row |= self.evaluate()
+                row |= processes.of_main(self.evaluate())  # what is decided by it is decided alike everywhere
                 if not math.isfinite(row["held_out_loss"]):
                     raise TrainingError(f"The held-out loss is not finite after step {step}: lower the learning rate.")
                 self.keep_or_stop(row, main)
@@ -322,14 +286,15 @@ class Trainer:
         """Keeps the best weights so far; stops when the held-out loss has not improved for `patience` evaluations."""
         if row["held_out_loss"] < self.state["best"]:
             self.state |= {"best": row["held_out_loss"], "since_best": 0, "best_step": row["step"]}
-            if self.recipe.keep_best and main:
-                checkpoints.save_best(self.model, self.folder)
+            if self.recipe.keep_best:
+                checkpoints.save_best(self.model, self.folder, main)
         else:
             self.state["since_best"] += 1
             if self.recipe.patience and self.state["since_best"] >= self.recipe.patience:
                 self.state["stopped_early"] = True
-                best = self.state["best_step"]
-                print(f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at step {best}")
+                if main:
+                    best = self.state["best_step"]
+                    print(f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at step {best}")
 
 
 def batched(rows: list, size: int) -> list[list]:

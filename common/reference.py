@@ -2,14 +2,18 @@
 
 import hashlib
 import json
+import math
 import time
 from pathlib import Path
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from common import held_out
+from common.checkpoints import whole
 from common.evaluation import logps_of
 from common.logprobs import PairLogps, SideLogps
+from common.processes import of_all, of_main, place
 from common.profiles import device_and_precision
 from common.runs import digest, source_digest, versions, write_json
 
@@ -22,7 +26,7 @@ def weights_digest(model) -> str:
     for name, weight in model.named_parameters():
         if "lora_" not in name:
             found.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            found.update(weight.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+            found.update(whole(weight).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 
@@ -33,8 +37,9 @@ def reference_columns(
 
     The file is named after the model's weights, the rows' token ids, path and precision, versions and the source of
     `common`: where any of them changes it is computed again. A sweep over the loss computes it once for all its runs.
+    Of several processes each computes its share, and all get all of it.
     Returns: ({column: one value per row}, cost), the cost being what the computation took when it was made: seconds
-        "wall" and "cpu", and "reference_flops". Raises: OSError as `runs.write_json`.
+        "wall" and "cpu" of the first process, and "reference_flops" of all. Raises: OSError as `runs.write_json`.
     """
     tokens = [[row[f"{part}_ids"] for part in ("prompt", "chosen", "rejected")] for row in rows]
     key = {
@@ -42,20 +47,27 @@ def reference_columns(
         "versions": versions(), "source": source_digest(),
     }  # fmt: skip
     file = folder / "reference" / f"{digest(key)}.json"
-    if file.exists():
-        saved = json.loads(file.read_text(encoding="utf-8"))
+    process, processes = place()
+    if saved := of_main(json.loads(file.read_text(encoding="utf-8")) if not process and file.exists() else None):
         if show:
             print(f"reference log-probabilities of {len(rows)} pairs: read, computed before in {_took(saved['cost'])}")
         return {name: saved[name] for name in COLUMNS.values()}, saved["cost"]
     wall, cpu = time.perf_counter(), time.process_time()
     with FlopCounterMode(display=False) as counter:
-        logps = logps_of(model, rows, pad_id, batch_size, path, "reference" if show else "")
-    columns = {name: getattr(logps, side).sums.tolist() for side, name in COLUMNS.items()}
+        mine = rows[process::processes]
+        mine += rows[: math.ceil(len(rows) / processes) - len(mine)]  # as many for all: FSDP computes in lockstep
+        logps = logps_of(model, mine, pad_id, batch_size, path, "reference" if show else "")
+    columns = {name: [0.0] * len(rows) for name in COLUMNS.values()}
+    found = of_all(({side: getattr(logps, side).sums.tolist() for side in COLUMNS}, counter.get_total_flops()))
+    for number, (sums, _) in enumerate(found):
+        for side, name in COLUMNS.items():
+            columns[name][number::processes] = sums[side][: len(rows[number::processes])]
     cost = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    cost["reference_flops"] = counter.get_total_flops()
+    cost["reference_flops"] = sum(flops for _, flops in found)
     if show:
         print(f"reference log-probabilities of {len(rows)} pairs: computed once, in {_took(cost)}")
-    write_json(file, {"key": key, "cost": cost, **columns})
+    if not process:
+        write_json(file, {"key": key, "cost": cost, **columns})
     return columns, cost
 
 
@@ -67,13 +79,13 @@ def cache_reference(trainer) -> None:
     """
     lab, main = trainer.lab, trainer.accelerator.is_main_process
     precision = device_and_precision()[1]
-    with trainer.accelerator.main_process_first(), trainer.as_reference() as model:
+    with trainer.as_reference() as model:
         columns, cost = reference_columns(
             lab.folder, model, trainer.rows, trainer.pad, trainer.eval_batch, trainer.path, precision, main
         )
-        trainer.held_out_reference = trainer.logps(model, lab.test_pairs)
+        trainer.held_out_reference = held_out.logps(trainer, model, lab.test_pairs)
         if lab.data.world:
-            trainer.reference_answers = trainer.answer(model, lab.seed + 1)
+            trainer.reference_answers = held_out.answers(trainer, model, lab.seed + 1)
     values = zip(*columns.values(), strict=True)
     trainer.rows = [row | dict(zip(columns, pair, strict=True)) for row, pair in zip(trainer.rows, values, strict=True)]
     trainer.state |= cost

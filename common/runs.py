@@ -57,7 +57,7 @@ STAGES = {
 # Whatever decides a trained weight: a change here makes a finished run stale.
 SOURCES = (
     "toyworld", "readers", "files", "hub", "data", "models", "logprobs", "losses", "evaluation", "judges",
-    "checkpoints", "reference", "loop", "training",
+    "checkpoints", "processes", "held_out", "reference", "loop", "training",
 )  # fmt: skip
 
 
@@ -267,11 +267,14 @@ class Lab:
                 )
         return [*(self.lineage(record["parent"]) if record["parent"] else []), record["fingerprint"]]
 
-    def load(self, stage: str, sweep: str | None = None):
-        """The model of a finished stage, in evaluation mode. Raises: MissingRun, BrokenLineage, models.ModelError."""
+    def load(self, stage: str, sweep: str | None = None, device: str | None = None):
+        """The model of a finished stage, in evaluation mode, on this machine's device or another one.
+
+        Raises: MissingRun, BrokenLineage, models.ModelError.
+        """
         self.lineage(stage, sweep)
         reward = stage_of(stage).method == "reward"
-        return models.load_model(self.source(stage, sweep), self.profile, reward_head=reward).eval()
+        return models.load_model(self.source(stage, sweep), self.profile, reward, device).eval()
 
     def save_report(self, name: str, report: dict) -> Path:
         """Writes `<run folder>/<name>.json`, whole or not at all."""

@@ -1,11 +1,17 @@
-"""Trains one stage outside a notebook: `python -m common.train STAGE`, also under `torchrun` on several processes."""
+"""Trains one stage outside a notebook: `python -m common.train STAGE`, also under `torchrun` on several processes.
+
+Of several processes the first one alone says what it does; errors are printed by every process that has one.
+"""
 
 import argparse
 import ast
 import dataclasses
+import os
 import sys
+from contextlib import redirect_stdout
 from typing import get_origin
 
+from common import processes
 from common.profiles import PROFILES, Recipe
 from common.runs import STAGES, open_lab
 from common.training import train
@@ -37,20 +43,25 @@ def main(arguments: list[str] | None = None) -> int:
         if type(value) is not fields[name]:
             parser.error(f"--set {setting}: {name} must be of type {fields[name].__name__}")
         changes[name] = value
-    try:
-        lab = open_lab(options.profile, options.seed)
-        run = train(
-            lab, options.stage, sweep=options.sweep, resume=options.resume, checkpoint_every=options.checkpoint_every,
-            **changes,
-        )  # fmt: skip
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    for name, value in run.record["final"].items():
-        print(f"{name:28s} {value:10.4f}")
-    print(f"saved in {run.folder}")
+    process, count = int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if process else sys.stdout):
+        try:
+            lab = open_lab(options.profile, options.seed)
+            run = train(
+                lab, options.stage, sweep=options.sweep, resume=options.resume,
+                checkpoint_every=options.checkpoint_every, **changes,
+            )  # fmt: skip
+        except (OSError, RuntimeError, ValueError) as error:
+            where = f" in process {process}" if count > 1 else ""
+            print(f"error{where}: {processes.explained(error)}", file=sys.stderr)
+            return 1
+        for name, value in run.record["final"].items():
+            print(f"{name:28s} {value:10.4f}")
+        print(f"saved in {run.folder}")
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if not (status := main()):
+        processes.leave()
+    sys.exit(status)

@@ -17,7 +17,7 @@ from common.runs import Lab, digest, read_metrics, stage_of, versions, write_jso
 
 @dataclass
 class Run:
-    """A finished run: the model in evaluation mode, `run.json` and `metrics.jsonl`."""
+    """A finished run: the model in evaluation mode (in shards, under FSDP), `run.json` and `metrics.jsonl`."""
 
     model: torch.nn.Module
     record: dict
@@ -63,7 +63,7 @@ def train(
         report KL against it). `pairs`: other training pairs (prompt, chosen, rejected). `resume`: go on from the newest
         checkpoint of this run, if its fingerprint matches. `live`: draw curves as it trains. `changes`: Recipe fields.
     Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained; TrainingError for a loss
-        that is not finite; CheckpointError when the disk is full.
+        that is not finite; CheckpointError when the disk is full; LaunchError for processes that cannot train together.
     """
     kind = stage_of(stage)
     if not lab.has_own_weights(stage):
@@ -82,23 +82,23 @@ def train(
         return Run(lab.load(stage, sweep), record, read_metrics(folder), folder)
 
     trainer = Trainer(lab, stage, recipe, rows, held_out, folder)
-    parent_model = _parent_model(lab, kind.method, parent)
+    device = "cpu" if trainer.sharded else device_and_precision()[0]  # whole, it may not fit on one GPU
+    parent_model = _parent_model(lab, kind.method, parent, device)
     needs_copy = reference and not (lora and reference == parent)  # under LoRA, adapter off is the parent
-    trainer.build(parent_model, models.freeze(lab.load(reference)) if needs_copy else None)
+    trainer.build(parent_model, models.freeze(lab.load(reference, device=device)) if needs_copy else None)
     metrics = trainer.run(fingerprint, resume, live, checkpoint_every)
     record = _record(trainer, metrics, fingerprint, parts, parent, reference)
     model = _save(trainer, record, lab.source(parent) if parent else None)
     return Run(model, record, metrics, folder)
 
 
-def _parent_model(lab: Lab, method: str, parent: str | None):
+def _parent_model(lab: Lab, method: str, parent: str | None, device: str):
     """The weights a stage starts from: a new tiny model for `base`, else its parent."""
     if parent is None:
-        device = device_and_precision()[0]
         return models.new_tiny_model(lab.profile, lab.tokenizer, lab.seed).to(device)
     source = lab.source(parent)
     set_seed(lab.seed)  # a reward model's new head
-    model = models.load_model(source, lab.profile, reward_head=method == "reward")
+    model = models.load_model(source, lab.profile, reward_head=method == "reward", device=device)
     models.check_context(model, lab.profile)
     return model
 
@@ -135,9 +135,11 @@ def _save(trainer: Trainer, record: dict, parent_source: str | None):
     if trainer.lora:
         model = models.merge_lora(model, parent_source, trainer.lab.profile)
     model.eval()
-    if trainer.accelerator.is_main_process:
+    main = trainer.accelerator.is_main_process
+    weights = checkpoints.whole_weights(model.state_dict().items(), main) if trainer.sharded else None  # None: its own
+    if main:
         with written_whole(trainer.folder / "model") as scratch:
-            model.save_pretrained(scratch)
+            model.save_pretrained(scratch, state_dict=weights)
             trainer.lab.tokenizer.save_pretrained(scratch)
         for path in (trainer.folder / "model").iterdir():
             path.replace(trainer.folder / path.name)

@@ -664,44 +664,6 @@ def test_a_file_where_the_run_folder_should_be_is_named_with_what_to_do(tmp_path
     assert "taken" in (said := capsys.readouterr().err) and "Set LAB_RUNS to a folder of your own" in said
 
 
-# --- several processes
-
-RANKS = """
-import os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import tiny
-from torch.distributed import TCPStore
-from common.profiles import PROFILES
-from common.train import main
-PROFILES["smoke"] = tiny.micro_profile()
-store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # what torchrun sets up, without its imports
-os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(store.port), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2",
-                  TORCHELASTIC_USE_AGENT_STORE="True")
-children = []
-for rank in "01":
-    if not (child := os.fork()):
-        os.environ.update(RANK=rank, LOCAL_RANK=rank)
-        os._exit(main(sys.argv[1:]))
-    children.append(child)
-sys.exit(max(os.waitpid(child, 0)[1] for child in children) and 1)
-"""
-
-
-def test_two_processes_train_as_one_does(lab):
-    """Each takes half of every ragged batch: the losses are those of a single process, all the way. Gradients of a
-    wrong scale would be clipped at other steps."""
-    arguments = ["dpo", "--sweep", "two-processes", "--set", "evaluations=1", "--set", "clip=0.6"]
-    child = subprocess.run([sys.executable, "-c", RANKS, str(TESTS), *arguments], capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
-    single = train_stage(lab, "dpo", sweep="one-process", evaluations=1, clip=0.6)
-    record, metrics = lab.record("dpo", "two-processes"), read_metrics(lab.path("dpo", "two-processes"))
-    assert (record["processes"], single.record["processes"]) == (2, 1)
-    assert record["train_tokens"] == single.record["train_tokens"] and len(metrics) == len(single.metrics) == 11
-    for one, other in zip(single.metrics, metrics, strict=True):
-        for name in ("loss", "nll", "margin", "logps_chosen", "logps_rejected", "held_out_loss"):
-            assert abs(one.get(name, 0.0) - other.get(name, 0.0)) <= 1e-5 * max(1.0, abs(one.get(name, 0.0)))
-
-
 def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
     """The loss of a step is of the weights before it: only the held-out loss sees the last update."""
     monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0})

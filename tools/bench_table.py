@@ -45,7 +45,7 @@ def _with_optimizer(variant: dict, rival: dict, clock: str) -> str:
 
 def _row(part: dict, name: str, label: str, clock: str) -> list[str]:
     variant, rival = part["variants"][name], part["variants"]["trl"]
-    memory, rival_memory = variant.get("memory"), rival.get("memory")
+    memory, rival_memory = variant.get("memory"), rival.get("memory")  # of the variants that it was measured for
     steps = [median(variant[which]) / variant["steps"] for which in ("cpu", "wall")]
     speeds = [_ratios(variant, rival, clock), _with_optimizer(variant, rival, clock)]
     cells = [label, *(f"{step:.2f}" for step in steps), *speeds]
@@ -103,7 +103,8 @@ def step_markdown(results: dict) -> str:
         "Peak: resident memory on the largest batch, over what the process held before it built a model "
         "(MALLOC_MMAP_THRESHOLD_=65536, so that freed blocks are given back); growth: over weights, reference, "
         "gradients and optimiser too. Errors: of the gradient, against a naive float64 computation, all weights as one "
-        "vector.",
+        "vector. Ours runs GPT-2's GELU in its fused form, as the course loads its models; the others do as its config "
+        "says.",
     ]
     for size in results["sizes"].values():
         for method, part in size["methods"].items():

@@ -1,0 +1,174 @@
+"""Will it fit? `python -m common.memory --profile qlora-7b --gpu-gb 16` predicts peak memory, part by part.
+
+It needs neither the GPU nor the model's weights, and says which setting to change where it does not fit. Notebooks call
+`expect` before they train and `compare` after.
+"""
+
+import argparse
+import sys
+from dataclasses import dataclass, replace
+
+import psutil
+
+from common.profiles import PROFILES, Profile, Recipe, device_and_precision, get_profile, gpu_gigabytes
+from common.runs import Lab, stage_of
+from common.simulate import PARTS, Forecast, predict
+from common.training import Run
+
+METHODS = ("sft", "dpo", "orpo")
+ASIDE_GB = 1.0  # of a GPU, for the CUDA context and what the allocator cannot use
+
+
+def fits(forecast: Forecast, gigabytes: float) -> bool:
+    return forecast.peak / 1e9 + ASIDE_GB <= gigabytes
+
+
+def _changed(profile: Profile, **changes) -> Profile:
+    """The profile with other fields; those of a recipe change in all recipes."""
+    of_recipe = {name: value for name, value in changes.items() if name in Recipe.__dataclass_fields__}
+    recipes = {name: replace(recipe, **of_recipe) for name, recipe in profile.recipes.items()}
+    rest = {name: value for name, value in changes.items() if name not in of_recipe}
+    return replace(profile, recipes=recipes, **rest)
+
+
+def remedies(profile: Profile, method: str) -> list[dict]:
+    """Settings that save memory, those first that cost the least quality and time."""
+    recipe = profile.recipes[method]
+    return [
+        {"eval_batch": 1} if profile.eval_batch > 1 else {},
+        {"micro_batch": 1} if recipe.micro_batch > 1 else {},
+        {"gradient_checkpointing": True} if not profile.gradient_checkpointing else {},
+        {"cache_reference": True} if method == "dpo" and not recipe.cache_reference and not profile.lora else {},
+        {"max_length": profile.max_length // 2, "max_new_tokens": profile.max_new_tokens // 2},
+        {"lora": 16} if not profile.lora else {},
+        {"four_bit": True, "lora": profile.lora or 16} if not profile.four_bit else {},
+    ]
+
+
+def what_would_fit(profile: Profile, method: str, gigabytes: float, **options) -> tuple[dict, Forecast]:
+    """Changes of settings that help, added one by one until it fits; and what is then predicted, which may not fit."""
+    changes, now = {}, predict(profile, method, **options)
+    for remedy in remedies(profile, method):
+        if fits(now, gigabytes):
+            break
+        new = predict(_changed(profile, **changes | remedy), method, **options) if remedy else now
+        if new.peak < 0.99 * now.peak:
+            changes, now = changes | remedy, new
+    return changes, now
+
+
+def forecast_table(forecasts: list[Forecast]) -> str:
+    """Each part at the peak of a training step, and the peaks of the other phases; one line per forecast."""
+    unit, divisor, digits = ("GB", 1e9, 2) if max(each.peak for each in forecasts) >= 1e9 else ("MB", 1e6, 1)
+    parts = [part for part in PARTS if any(forecast.parts[part] for forecast in forecasts)]
+    heads = [*parts, "step", "evaluation", "answers"]
+    lines = [f"{unit + ' at the peak of':20s}" + "".join(f"{head:>{max(8, len(head) + 2)}s}" for head in heads)]
+    for each in forecasts:
+        sizes = [(each.parts | each.phases)[head] / divisor for head in heads]
+        cells = [f"{size:{max(8, len(head) + 2)}.{digits}f}" for head, size in zip(heads, sizes, strict=True)]
+        lines.append(f"{each.profile + ' ' + each.method:20s}" + "".join(cells))
+    return "\n".join(lines)
+
+
+def verdict(profile: Profile, forecast: Forecast, gigabytes: float, **options) -> str:
+    """Does it fit, and if not, which setting to change?"""
+    aside = f"{forecast.peak / 1e9:.2f} GB and {ASIDE_GB:g} GB set aside"
+    if fits(forecast, gigabytes):
+        return f"{forecast.method}: fits in {gigabytes:g} GB ({aside})"
+    changes, then = what_would_fit(profile, forecast.method, gigabytes, path=forecast.path, **options)
+    named = ", ".join(f"{name}={value}" for name, value in changes.items())
+    says = f"{forecast.method}: does not fit in {gigabytes:g} GB ({aside})."
+    if not fits(then, gigabytes):
+        return f"{says} Nor with {named or 'other settings'}: {then.peak / 1e9:.2f} GB. Take a smaller model."
+    return f"{says} In common/profiles.py set {named}: {then.peak / 1e9:.2f} GB."
+
+
+def describe(profile: Profile, forecast: Forecast, dtype: str) -> str:
+    """What was predicted: model, precision, adapters, lengths."""
+    weights = "4-bit weights" if profile.four_bit else "float32 weights"
+    tuned = f"LoRA of rank {profile.lora}" if profile.lora else "all weights trained"
+    tokens = " + ".join(map(str, forecast.lengths[0]))
+    return (
+        f"{profile.run_name}: {profile.model}, {forecast.parameters / 1e6:,.1f} million parameters, {weights}, {tuned},"
+        f" in {dtype}; micro-batches of {len(forecast.lengths)} rows of {tokens} tokens, {forecast.path} path"
+    )
+
+
+@dataclass
+class Expected:
+    """A forecast for a stage of this lab, and what the process held when it was made."""
+
+    forecast: Forecast
+    held: int  # bytes of resident memory; on a GPU, of its memory
+
+
+def longest_rows(lab: Lab, stage: str) -> list[list[int]]:
+    """Lengths of the longest micro-batch that a stage can meet: [prompt, chosen, …] in tokens."""
+    recipe, parts = lab.profile.recipes[stage], ("prompt", "chosen", "rejected")
+    rows = lab.demonstrations if stage_of(stage).rows == "demonstrations" else lab.train_pairs
+    lengths = [[len(row[f"{part}_ids"]) for part in parts if f"{part}_ids" in row] for row in rows]
+    ordered = sorted(lengths, key=lambda row: row[0] + max(row[1:]), reverse=True)
+    return ordered[: min(recipe.micro_batch, recipe.batch_size)]
+
+
+def expect(lab: Lab, stage: str) -> Expected:
+    """Predicts what training a stage takes at most, with the lab's own rows on this machine, and prints it."""
+    device, dtype, _ = device_and_precision()
+    recipe = lab.profile.recipes[stage]
+    forecast = predict(lab.profile, stage, recipe.path, dtype, device, longest_rows(lab, stage))
+    print(describe(lab.profile, forecast, dtype))
+    print(forecast_table([forecast]))
+    if device == "cuda":
+        print(verdict(lab.profile, forecast, gpu_gigabytes(), dtype=dtype, device=device))
+    else:
+        free = psutil.virtual_memory().available / 1e9
+        print(f"{forecast.peak / 1e9:.2f} GB, beside Python and its libraries; {free:.1f} GB of memory are free")
+    return Expected(forecast, 0 if device == "cuda" else psutil.Process().memory_info().rss)
+
+
+def compare(expected: Expected, run: Run) -> None:
+    """Prints the prediction beside what the run took."""
+    peak, predicted = run.record["peak_memory_bytes"], expected.forecast.peak
+    if run.record["device"] == "cuda":
+        print(f"predicted {predicted / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB ({predicted / peak:.2f} of it)")
+    elif peak < expected.held:
+        print(f"predicted {predicted / 1e9:.2f} GB; not measured in this process, since the run was reused")
+    else:
+        print(f"predicted {predicted / 1e9:.2f} GB; measured: the process held {expected.held / 1e9:.2f} GB before and "
+              f"{peak / 1e9:.2f} GB at the most, {(peak - expected.held) / 1e9:.2f} GB more")  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> int:
+    found = device_and_precision()
+    parser = argparse.ArgumentParser(prog="python -m common.memory", description=__doc__.split("\n")[0])
+    parser.add_argument("--profile", choices=PROFILES, help="default: LAB_PROFILE, else by hardware")
+    parser.add_argument("--gpu-gb", type=float, help="memory of the GPU in GB, of 1e9 bytes (default: the GPU here)")
+    parser.add_argument("--method", choices=METHODS, help="default: all three")
+    parser.add_argument("--path", choices=("packed", "simple"), default="packed")
+    parser.add_argument("--precision", choices=("bfloat16", "float16", "float32"),
+                        help="default: bfloat16, or that of the GPU here")  # fmt: skip
+    parser.add_argument("--max-length", type=int, help="tokens of prompt and response (default: the profile's)")
+    parser.add_argument("--micro-batch", type=int, help="pairs per forward pass (default: the profile's)")
+    options = parser.parse_args(arguments)
+    changes = {name: value for name in ("max_length", "micro_batch") if (value := getattr(options, name))}
+    try:
+        profile = _changed(get_profile(options.profile), **changes)
+        gigabytes = options.gpu_gb or gpu_gigabytes()
+        settings = {
+            "dtype": options.precision or (found[1] if found[0] == "cuda" else "bfloat16"),
+            "device": "cuda" if gigabytes else "cpu",
+        }
+        forecasts = [predict(profile, method, options.path, **settings)
+                     for method in ([options.method] if options.method else METHODS)]  # fmt: skip
+    except (OSError, RuntimeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(describe(profile, forecasts[0], settings["dtype"]))
+    print(forecast_table(forecasts))
+    for forecast in forecasts if gigabytes else []:
+        print(verdict(profile, forecast, gigabytes, **settings))
+    return int(bool(gigabytes) and not all(fits(forecast, gigabytes) for forecast in forecasts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
