@@ -100,9 +100,9 @@ def measure_memory(part: dict, size: dict, method: str, device: str) -> dict:
     return found
 
 
-def resumable(name: str, resume: bool, measure: Callable, *arguments) -> dict:
+def resumable(name: str, resume: bool, measure: Callable, *arguments, folder: Path | None = None) -> dict:
     """What `measure` gives, kept in a file. With `resume`, read from the file where it is there."""
-    file = DONE / f"{name}.json"
+    file = (folder or DONE) / f"{name}.json"
     if resume and file.exists():
         say(f"{name}: read, measured before")
         return json.loads(file.read_text(encoding="utf-8"))

@@ -193,27 +193,35 @@ def textbook(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
     return -(chosen * in_row).sum() / in_row.sum() - LAMBDA * F.logsigmoid(odds[0] - odds[1]).mean()
 
 
-def trl_trainer(method: str, policy, reference, device: str):
-    """TRL's trainer for a method, on a dataset of one pair: the batches are handed to it, as it collates them."""
+def trl_trainer(method: str, policy, reference, device: str, adapter=None, **settings):
+    """TRL's trainer for a method, on a dataset of one pair: the batches are handed to it, as it collates them.
+
+    `adapter`: a LoRA configuration, which it applies in its own way. `settings`: fields of its configuration.
+    """
     import datasets
-    from trl import DPOConfig, DPOTrainer
+    import trl
 
     datasets.disable_progress_bars()
     warnings.filterwarnings("ignore")
     tokenizer = train_tokenizer(["\n\nHuman: Hello\n\nAssistant: Yes, hello."], 300)
-    pair = {"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Yes", "rejected": " No"}
-    config, trainer, extra = DPOConfig, DPOTrainer, {"ref_model": reference}
+    row = {"prompt": "\n\nHuman: Hello\n\nAssistant:", "chosen": " Yes", "rejected": " No"}
+    defaults = {"max_length": MAX_LENGTH, "bf16": False, "gradient_checkpointing": False, "learning_rate": 1e-6}
+    extra = {"peft_config": adapter} if adapter else {}
     if method == "orpo":
-        from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+        from trl.experimental.orpo import ORPOConfig as Config
+        from trl.experimental.orpo import ORPOTrainer as Trainer
 
-        config, trainer, extra = ORPOConfig, ORPOTrainer, {}
-    arguments = config(
-        output_dir=tempfile.mkdtemp(), beta={"dpo": BETA, "orpo": LAMBDA}[method], max_length=MAX_LENGTH, bf16=False,
-        gradient_checkpointing=False, report_to="none", use_cpu=device == "cpu", disable_tqdm=True, learning_rate=1e-6,
-        remove_unused_columns=False,
+        defaults["beta"] = LAMBDA
+    elif method == "dpo":
+        Config, Trainer, extra["ref_model"], defaults["beta"] = trl.DPOConfig, trl.DPOTrainer, reference, BETA
+    else:
+        Config, Trainer, row = trl.SFTConfig, trl.SFTTrainer, {"prompt": row["prompt"], "completion": row["chosen"]}
+    arguments = Config(
+        output_dir=tempfile.mkdtemp(), report_to="none", use_cpu=device == "cpu", disable_tqdm=True,
+        remove_unused_columns=False, **defaults | settings,
     )  # fmt: skip
-    dataset = datasets.Dataset.from_list([pair])
-    return trainer(model=policy, args=arguments, train_dataset=dataset, processing_class=tokenizer, **extra)
+    dataset = datasets.Dataset.from_list([row])
+    return Trainer(model=policy, args=arguments, train_dataset=dataset, processing_class=tokenizer, **extra)
 
 
 @contextmanager

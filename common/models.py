@@ -107,6 +107,13 @@ def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadMode
         return GPT2LMHeadModel(config)
 
 
+def four_bit_settings(compute: torch.dtype) -> BitsAndBytesConfig:
+    """nf4 with double quantisation, as in QLoRA (Dettmers et al. 2023); products are computed in `compute`."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=compute
+    )
+
+
 def with_fused_gelu(config):
     """The configuration, GPT-2's "gelu_new" in its fused form: the same function, with far fewer tensors kept."""
     if getattr(config, "activation_function", None) == "gelu_new":
@@ -133,13 +140,7 @@ def load_model(
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
         compute = device_dtype()
-        options |= {
-            "dtype": compute,
-            "quantization_config": BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=compute,
-            ),
-        }  # fmt: skip
+        options |= {"dtype": compute, "quantization_config": four_bit_settings(compute)}
     kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
     before = transformers.utils.logging.get_verbosity()
     if reward_head:  # The library would warn that the head is new: it is meant to be.
@@ -149,11 +150,16 @@ def load_model(
         model = _from_hub(kind.from_pretrained, str(source), **options)
     finally:
         transformers.utils.logging.set_verbosity(before)
-    if not profile.four_bit:
-        return model.to(device)
+    return without_repacking(model) if profile.four_bit else model.to(device)
+
+
+def without_repacking(model):
+    """The 4-bit model itself, whose layers will not repack their weights.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them in the first evaluation forward, and from then on no gradient
+    passes through the layer: training after an evaluation would be silently wrong.
+    """
     for module in model.modules():
-        # On CPUs with AVX512-BF16, bitsandbytes repacks a layer at its first forward without gradients. From then on
-        # no gradient comes through it, and its weights no longer merge.
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     return model
@@ -176,18 +182,23 @@ def check_fits(model, tokenizer, profile: Profile) -> None:
         )
 
 
+def lora_settings(model, profile: Profile):
+    """LoRA of the profile's rank on all linear layers but the head."""
+    from peft import LoraConfig
+
+    rank, task = profile.lora or 8, "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task)
+
+
 def add_lora(model, profile: Profile):
     """The model with a fresh LoRA adapter on its linear layers (Hu et al. 2021). Adapter off = the model as it was."""
-    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from peft import get_peft_model, prepare_model_for_kbit_training
 
     if profile.four_bit:
         model = prepare_model_for_kbit_training(
             model, profile.gradient_checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
         )
-    rank = profile.lora or 8
-    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
-    config = LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task)
-    return get_peft_model(model, config)
+    return get_peft_model(model, lora_settings(model, profile))
 
 
 def merge_lora(model, source: str | Path, profile: Profile):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from bench_table import scaling_markdown, step_markdown
+from bench_table import scaling_markdown, step_markdown, step_summary
 
 from benchmarks import bars, scaling, step, variants
 from benchmarks.correct import WrongVariant, errors_of_all
@@ -113,6 +113,15 @@ def test_the_table_is_made_from_the_results(results):
     assert "A CPU" in text and "torch 9.9" in text and "Not run: something, since it is not here." in text
     results["sizes"]["small"]["methods"]["dpo"]["variants"]["packed"]["cpu"] = [0.5] * 3
     assert "20.00 (20.00–22.00)" in step_markdown(results | {"bars": []})
+
+
+def test_the_readme_shows_the_bars_of_the_step_and_says_where_the_rest_is(results):
+    """15 bars and two lines of head; nothing is shown of what was not measured."""
+    text = step_summary(results | {"bars": bars.step_bars(results)})
+    assert sum(line.startswith("|") for line in text.splitlines()) == 17
+    assert "| small, DPO: packed, times as fast as TRL | 10 | ≥ 4.5 | met |" in text
+    assert "A CPU" in text and "[All variants](benchmarks/results/step.md)" in text
+    assert step_summary(None) == "not measured\n" and step_summary(None, "zh") == "未測量\n"
 
 
 def test_ours_and_the_textbook_equal_the_naive_computation():

@@ -4,12 +4,15 @@ import json
 import os
 import re
 
+import bench_table
 import nbformat
 import pytest
 import readme_table
 import results_table
 import run_labs
 from nbformat.v4 import new_code_cell, new_notebook
+
+from common.profiles import PROFILES, TINY
 
 LAB = "Lab-1.7-DPO_Alignment"
 
@@ -146,9 +149,27 @@ def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
     assert readme_table.updated(text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])) == text
     assert readme_table.updated(text, "quality", readme_table.quality_markdown(scores)) == text
     assert readme_table.updated(text, "recipes", readme_table.recipes_table(name)) == text
+    language = readme_table.LANGUAGES[name]
+    assert readme_table.updated(text, "step", bench_table.step_summary(bench_table.read("step"), language)) == text
+    assert readme_table.updated(text, "gpu", bench_table.gpu_markdown(bench_table.read("gpu"), language)) == text
     text = (readme_table.ROOT / readme_table.ORPO_LAB / name).read_text(encoding="utf-8")
     comparison = json.loads(readme_table.COMPARISON.read_text(encoding="utf-8"))
     assert readme_table.updated(text, "comparison", readme_table.comparison_markdown(comparison)) == text
+
+
+@pytest.mark.parametrize(("language", "missing"), [("en", "not measured"), ("zh", "未測量")])
+def test_without_a_gpu_every_full_size_profile_is_not_measured(language, missing):
+    """Three methods each, and four cells a row; the tiny profiles are not there."""
+    lines = bench_table.gpu_markdown(None, language).splitlines()[2:]
+    profiles = [name for name, profile in PROFILES.items() if profile.model != TINY]
+    assert [line.split(" | ")[0] for line in lines] == [f"| `{name}`" for name in profiles for _ in range(3)]
+    assert all(line.count(missing) == 4 for line in lines)
+
+
+def test_results_are_read_where_they_are(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_table, "RESULTS", tmp_path)
+    (tmp_path / "step.json").write_text('{"bars": []}')
+    assert bench_table.read("step") == {"bars": []} and bench_table.read("gpu") is None
 
 
 def test_the_measured_line_names_the_profiles_that_were_not_measured():

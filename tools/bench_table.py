@@ -1,13 +1,29 @@
-"""The tables of the step and scaling benchmarks, from their results files: `python tools/bench_table.py`."""
+"""The tables of the step, scaling and GPU benchmarks, from their results files: `python tools/bench_table.py`."""
 
 import json
 import sys
 from pathlib import Path
 from statistics import median
 
+from common.profiles import PROFILES, TINY
+
 RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
-METHODS = {"dpo": "DPO", "orpo": "ORPO"}
+METHODS = {"sft": "SFT", "dpo": "DPO", "orpo": "ORPO"}
+PATHS = {"packed": "packed", "simple": "simple", "trl": "TRL"}
 GB = 1e9
+WORDS = {
+    "en": {
+        "heads": ["profile", "method", "peak, GB: packed · simple · TRL", "predicted, GB",
+                  "tokens/s: packed · simple · TRL", "hours for the data"],
+        "missing": "not measured", "unpredicted": "not predicted", "large": "does not fit", "failed": "failed",
+        "more": "All variants",
+    },
+    "zh": {
+        "heads": ["設定檔", "方法", "記憶體峰值（GB）：packed · simple · TRL", "預測（GB）",
+                  "每秒 token：packed · simple · TRL", "整份資料的小時數"],
+        "missing": "未測量", "unpredicted": "未預測", "large": "放不下", "failed": "失敗", "more": "所有做法",
+    },
+}  # fmt: skip
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -57,12 +73,13 @@ def default_allocator_line(part: dict) -> list[str]:
 
 
 def verdicts(bars: list[dict]) -> list[str]:
-    """The bars as a table, a missed one marked."""
+    """The bars as a table, a missed one marked. What has no value (None) was not measured."""
     rows = [["bar", "measured", "wanted", ""]]
     for bar in bars:
         relation = {">=": "≥", "<=": "≤"}[bar["relation"]]
         verdict = "met" if bar["met"] else "**missed**"
-        rows.append([bar["what"], f"{bar['measured']:.3g}", f"{relation} {bar['bound']:g}", verdict])
+        measured = "not measured" if bar["measured"] is None else f"{bar['measured']:.3g}"
+        rows.append([bar["what"], measured, f"{relation} {bar['bound']:g}", verdict])
     return table(rows)
 
 
@@ -103,6 +120,15 @@ def step_markdown(results: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def step_summary(results: dict | None, language: str = "en") -> str:
+    """For the README: the bars and the machine, with a link to the whole comparison."""
+    words = WORDS[language]
+    if results is None:
+        return f"{words['missing']}\n"
+    lines = [*verdicts(results["bars"]), "", f"{machine_line(results)} [{words['more']}](benchmarks/results/step.md)."]
+    return "\n".join(lines) + "\n"
+
+
 def scaling_markdown(results: dict) -> str:
     """Fitted exponents of time and memory, by variant and axis, and the bars."""
     axes, names = results["axes"], ("textbook", "simple", "packed")
@@ -115,9 +141,75 @@ def scaling_markdown(results: dict) -> str:
     return "\n".join([*table(rows), "", *verdicts(results["bars"])]) + "\n"
 
 
+def _gpu_cell(part: dict, words: dict, value) -> str:
+    """What `value` says of a path that was measured; else why there is nothing to say."""
+    if "failed" in part:
+        return words["failed"]
+    return words["large"] if part["out_of_memory"] else value(part)
+
+
+def _gpu_row(method: dict, words: dict) -> list[str]:
+    """Peaks and speeds of all paths; prediction and hours of the recipe's own."""
+    paths, own = [method["paths"][path] for path in PATHS], method["paths"][method["path"]]
+    peaks = [_gpu_cell(part, words, lambda part: f"{part['peak_bytes'] / GB:.2f}") for part in paths]
+    speeds = [_gpu_cell(part, words, lambda part: f"{part['tokens_per_second']['sample']:.0f}") for part in paths]
+    hours = _gpu_cell(own, words, lambda part: f"{method['steps'] * part['step_seconds']['sample'] / 3600:.1f}")
+    predicted = f"{own['predicted_bytes'] / GB:.2f}" if own["predicted_bytes"] else words["unpredicted"]
+    return [" · ".join(peaks), predicted, " · ".join(speeds), hours]
+
+
+def gpu_rows(results: dict | None, language: str = "en") -> list[str]:
+    """One row per full-size profile and method. A profile without results is "not measured"."""
+    words, rows = WORDS[language], []
+    for name in [name for name, profile in PROFILES.items() if profile.model != TINY]:
+        found = (results or {"profiles": {}})["profiles"].get(name)
+        for method, label in METHODS.items():
+            cells = _gpu_row(found["methods"][method], words) if found else [words["missing"]] * 4
+            rows.append([f"`{name}`", label, *cells])
+    return table([words["heads"], *rows])
+
+
+def _failures(results: dict) -> list[str]:
+    """What failed, and in which phase memory ran out, a line each."""
+    lines = []
+    for name, profile in results["profiles"].items():
+        for method, each in profile["methods"].items():
+            for path, part in each["paths"].items():
+                why = part.get("failed") or part["out_of_memory"] and f"out of memory: {part['out_of_memory']}"
+                taken = part.get("path", path)
+                why = why or taken != path and f"stepped aside, the {taken} path was taken"
+                lines += [f"- `{name}`, {METHODS[method]}, {PATHS[path]}: {why}."] if why else []
+    return lines
+
+
+def gpu_markdown(results: dict | None, language: str = "en") -> str:
+    """The table and, where there are results, what they were measured on and the bars."""
+    lines = gpu_rows(results, language)
+    if results:
+        pairs = ", ".join(f"`{name}` {profile['pairs']:,}" for name, profile in results["profiles"].items())
+        lines += [
+            "",
+            f"{machine_line(results)} {results['gpu']}; {results['precision']}; torch's memory capped at "
+            f"{results['cap_gb']:g} GB. Random weights. Peak: all rows at the profile's full length, an evaluation "
+            f"included. Tokens per second and hours: lengths of {results['lengths']}, without evaluations. "
+            f"Pairs: {pairs}.",
+        ]
+        failures = _failures(results)
+        lines += ["", *failures] if failures else []
+        lines += ["", *verdicts(results["bars"])] if results["bars"] else []
+    return "\n".join(lines) + "\n"
+
+
+def read(name: str) -> dict | None:
+    """A benchmark's results, or None where nothing was measured."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
 def main() -> int:
-    for name, markdown in (("step", step_markdown), ("scaling", scaling_markdown)):
-        print(markdown(json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))))
+    for name, markdown in (("step", step_markdown), ("scaling", scaling_markdown), ("gpu", gpu_markdown)):
+        results = read(name)
+        print(markdown(results) if results else f"{name}: not measured\n")
     return 0
 
 

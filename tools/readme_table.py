@@ -2,8 +2,9 @@
 
 A table stands between comments such as `<!-- notebook times -->` and `<!-- /notebook times -->`. Nobody types it.
 What it shows is in benchmarks/results: notebooks.json (times) and comparison.json (methods side by side), written by
-`python tools/run_labs.py --fresh --record`, and quality.json, written by `python -m benchmarks.quality`. The table of
-recipes is made of `common.profiles`.
+`python tools/run_labs.py --fresh --record`, quality.json, written by `python -m benchmarks.quality`, step.json, by
+`python -m benchmarks.step`, and gpu.json, by `python -m benchmarks.gpu`. Without the last two: "not measured". The
+table of recipes is made of `common.profiles`.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 from pathlib import Path
 
 import nbformat
+from bench_table import gpu_markdown, read, step_summary
 from results_table import comparison_markdown, quality_markdown
 
 from common.profiles import PROFILES
@@ -25,6 +27,7 @@ WORDS = {  # README → heading of the first column, name of the last row, "not 
     "README.md": ("notebook", "all", "not measured"),
     "README.zh-TW.md": ("筆記本", "全部", "未測量"),
 }
+LANGUAGES = {"README.md": "en", "README.zh-TW.md": "zh"}
 
 
 RECIPE_HEADINGS = {
@@ -146,6 +149,8 @@ def update_readmes() -> None:
         path = ROOT / name
         text = updated(path.read_text(encoding="utf-8"), "notebook times", table(times, *words))
         text = updated(updated(text, "quality", quality_markdown(scores)), "recipes", recipes_table(name))
+        text = updated(text, "step", step_summary(read("step"), LANGUAGES[name]))
+        text = updated(text, "gpu", gpu_markdown(read("gpu"), LANGUAGES[name]))
         path.write_text(text, encoding="utf-8", newline="\n")
         print(f"{name}: times of {', '.join(times)}; quality of {', '.join(scores['profiles'])}")
         path = ROOT / ORPO_LAB / name
