@@ -27,6 +27,7 @@ from benchmarks.variants import LENGTHS
 from common.models import is_tiny
 from common.profiles import PROFILES, Profile, device_and_precision
 from common.runs import write_json
+from common.simulate import predict
 from tools.bench_table import gpu_markdown
 from tools.machine import describe_machine
 
@@ -42,9 +43,13 @@ def full_size() -> list[str]:
     return [name for name, profile in PROFILES.items() if not is_tiny(profile)]
 
 
-def predicted_bytes(profile: Profile, method: str, path: str, length: int) -> int | None:
-    """Predicted peak of training, evaluations included, with all rows `length` tokens long. None: no prediction."""
-    return None
+def predicted_bytes(profile: Profile, method: str, path: str) -> int:
+    """Predicted peak of training with all rows at full length, evaluations and the first step included.
+
+    In that step operations are counted, by the simple path too.
+    """
+    dtype = device_and_precision()[1]
+    return max(predict(profile, method, path, dtype).peak, predict(profile, method, "simple", dtype).phases["step"])
 
 
 def steps_of(profile: Profile, method: str, pairs: int) -> int:
@@ -100,8 +105,8 @@ def measure_profile(name: str, options: argparse.Namespace) -> dict:
             parts[path] = found = resumable(part, options.resume, measure, task, folder=kept)
             if "failed" in found:  # may be mended before the run goes on
                 (kept / f"{part}.json").unlink()
-            if path != "trl":
-                found["predicted_bytes"] = predicted_bytes(profile, method, path, profile.max_length)
+            if path != "trl" and not options.quick:  # which has other sizes than the profile
+                found["predicted_bytes"] = predicted_bytes(profile, method, path)
             say(f"{name}, {method}, {path}: {in_words(found)}")
         methods[method] = {
             "path": recipe.path, "steps": steps_of(profile, method, pairs), "epochs": recipe.epochs, "paths": parts,

@@ -46,15 +46,19 @@ def model_config(source: str) -> PretrainedConfig:
     return models._from_hub(AutoConfig.from_pretrained, source)
 
 
+def profile_config(profile: Profile) -> PretrainedConfig:
+    """The configuration of a profile's model as `models.load_model` has it. Raises: ModelError."""
+    if models.is_tiny(profile):
+        return models.tiny_config(profile, profile.vocabulary, bos_token_id=0, eos_token_id=0)
+    return models.with_fused_gelu(model_config(profile.model))
+
+
 def random_model(profile: Profile, device: str):
     """A model as `models.load_model` would load the profile's, but with random weights, on `device`.
 
     A 4-bit one is made layer by layer: never more than one layer is there in full precision. Raises: ModelError.
     """
-    if models.is_tiny(profile):
-        config = models.tiny_config(profile, profile.vocabulary)
-    else:
-        config = models.with_fused_gelu(model_config(profile.model))
+    config = profile_config(profile)
     if profile.four_bit:
         return _random_four_bit(config, device)
     with torch.device(device):

@@ -5,17 +5,19 @@ It needs neither the GPU nor the model's weights, and says which setting to chan
 """
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, replace
 
 import psutil
 
-from common.profiles import PROFILES, Profile, Recipe, device_and_precision, get_profile, gpu_gigabytes
+from common.profiles import PROFILES, ROOT, Profile, Recipe, device_and_precision, get_profile, gpu_gigabytes
 from common.runs import Lab, stage_of
 from common.simulate import PARTS, Forecast, predict
 from common.training import Run
 
 METHODS = ("sft", "dpo", "orpo")
+GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 ASIDE_GB = 1.0  # of a GPU, for the CUDA context and what the allocator cannot use
 
 
@@ -90,7 +92,7 @@ def describe(profile: Profile, forecast: Forecast, dtype: str) -> str:
     tokens = " + ".join(map(str, forecast.lengths[0]))
     return (
         f"{profile.run_name}: {profile.model}, {forecast.parameters / 1e6:,.1f} million parameters, {weights}, {tuned},"
-        f" in {dtype}; micro-batches of {len(forecast.lengths)} rows of {tokens} tokens, {forecast.path} path"
+        f" in {dtype}; micro-batches of {len(forecast.lengths)} × {tokens} tokens, {forecast.path} path"
     )
 
 
@@ -136,6 +138,16 @@ def compare(expected: Expected, run: Run) -> None:
     else:
         print(f"predicted {predicted / 1e9:.2f} GB; measured: the process held {expected.held / 1e9:.2f} GB before and "
               f"{peak / 1e9:.2f} GB at the most, {(peak - expected.held) / 1e9:.2f} GB more")  # fmt: skip
+
+
+def measured_peak(forecast: Forecast) -> str:
+    """What `python -m benchmarks.gpu` measured for a profile and method, by the course's path; or "not measured"."""
+    if not GPU_RESULTS.exists():
+        return "not measured"
+    results = json.loads(GPU_RESULTS.read_text(encoding="utf-8"))
+    part = results["profiles"].get(forecast.profile, {}).get("methods", {}).get(forecast.method, {"paths": {}})
+    found = part["paths"].get(part.get("path"), {})
+    return f"{found['peak_bytes'] / 1e9:.2f} GB, {results['gpu']}" if "peak_bytes" in found else "not measured"
 
 
 def main(arguments: list[str] | None = None) -> int:

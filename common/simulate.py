@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from unittest import mock
+from warnings import catch_warnings, simplefilter
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from common import models
-from common.architectures import model_config
+from common.architectures import profile_config
 from common.evaluation import answers_at_once, cache_bytes
 from common.logprobs import _token_logps
 from common.profiles import Profile
@@ -179,7 +180,7 @@ def predict(
     Args: `dtype`, `device`: the precision that it is run in, and where. `lengths`: those of the largest micro-batch
         (default: `full_rows`). Raises: models.ModelError where the model's configuration is not at hand.
     """
-    recipe, config = profile.recipes[method], _config(profile)
+    recipe, config = profile.recipes[method], profile_config(profile)
     lengths = lengths or full_rows(profile, min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2)
     at_once = answers_at_once(config, profile.max_length)
     at_depth = partial(_simulate, profile, method, path, dtype, device, lengths, at_once)
@@ -214,7 +215,8 @@ def _simulate(
     batches = [lengths, full_rows(profile, profile.eval_batch, 2), [[prompt, 1]] * at_once]
     tables = [torch.tensor(rows)[None, None] for rows in batches]
     precision = getattr(torch, dtype)
-    with FakeTensorMode(allow_non_fake_inputs=True), _Count(config.vocab_size) as count:
+    with catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), _Count(config.vocab_size) as count:
+        simplefilter("ignore")  # of the libraries, about layers that are stood in for
         mixed = partial(torch.autocast, "cpu", precision, enabled=dtype != "float32")
         model, learned, parameters = _build(profile, config, method, precision, count)
         needs_reference = method == "dpo" and not recipe.cache_reference
@@ -246,12 +248,6 @@ def _simulate(
             _score(model, batches[2], tables[2], "simple")
         phases["answers"] = count.peak
     return Forecast(profile.name, method, path, parts, phases, parameters, lengths)
-
-
-def _config(profile: Profile):
-    if models.is_tiny(profile):
-        return models.tiny_config(profile, profile.vocabulary, bos_token_id=0, eos_token_id=0)
-    return models.with_fused_gelu(model_config(profile.model))
 
 
 def _new(config, dtype: torch.dtype = torch.float32) -> nn.Module:

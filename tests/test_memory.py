@@ -118,8 +118,8 @@ def test_what_saves_memory_is_seen_to(small):
 def test_a_deep_model_is_predicted_from_shallow_ones(request, monkeypatch, kind, method):
     """Nine layers from 3 and 6 of them: what they are predicted to take when all nine are simulated, to 1 %."""
     profile = request.getfixturevalue(kind)
-    config = simulate._with_layers(simulate._config(profile), 9)
-    monkeypatch.setattr(simulate, "_config", lambda profile: config)
+    config = simulate._with_layers(simulate.profile_config(profile), 9)
+    monkeypatch.setattr(simulate, "profile_config", lambda profile: config)
     found = predict(profile, method)
     whole = simulate._simulate(profile, method, "packed", "bfloat16", "cuda", found.lengths, 256, config)
     assert found.parameters == whole.parameters
