@@ -1,6 +1,7 @@
 """Tokenizers and models: from a config, a local folder or the hub; LoRA and 4-bit; the frozen reference."""
 
 import copy
+import json
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -136,7 +137,9 @@ def load_model(
     loads them quantised. Pickled weights and remote code are refused. Raises: ModelError.
     """
     device = device or device_and_precision()[0]
-    config = with_fused_gelu(_from_hub(AutoConfig.from_pretrained, str(source)))
+    adapter = Path(source) / "adapter_config.json"  # a sweep of a 4-bit profile leaves one: its base has the config
+    base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else source
+    config = with_fused_gelu(_from_hub(AutoConfig.from_pretrained, str(base)))
     options = {"config": config, "dtype": dtype, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
         compute = device_dtype()

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -134,7 +135,8 @@ def test_a_4_bit_run_is_scaled_and_cast_as_any_other(source, tmp_path, monkeypat
     """On a T4 (float16) Accelerate scales the loss. Accelerate itself refuses float16 on a CPU: it is stood in for."""
     asked = {}
     monkeypatch.setattr(loop, "device_and_precision", lambda: ("cuda", precision, "a test"))
-    monkeypatch.setattr(loop, "Accelerator", lambda **settings: asked.update(settings))
+    one = SimpleNamespace(num_processes=1, distributed_type="NO", is_main_process=False)
+    monkeypatch.setattr(loop, "Accelerator", lambda **settings: asked.update(settings) or one)
     profile = small(*source)
     rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}] * 8
     loop.Trainer(Lab(profile), "dpo", profile.recipes["dpo"], rows, rows, tmp_path)
