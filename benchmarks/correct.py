@@ -5,7 +5,7 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from benchmarks.variants import BETA, LAMBDA, VARIANTS, Bench, Variant, new_model, ours_given
+from benchmarks.variants import BETA, LAMBDA, PARTS, VARIANTS, Bench, Variant, new_model, ours_given, row_length
 from common.data import collate
 from common.logprobs import response_logps
 from common.models import add_lora, freeze, frozen_copy
@@ -72,23 +72,21 @@ def refuse_wrong(name: str, variant: Variant, errors: dict) -> None:
             raise WrongVariant(f"{name}: its {what} is off by {errors[what]:.2g}, more than {bound:g}: not timed")
 
 
-def errors_of_all(bench: Bench, method: str, names: list[str], rows: list[dict], size: int, compared=VARIANTS) -> dict:
-    """{variant: {"float64": {"loss", "gradient"}, "float32": …}} on the first two pairs of its first batch.
+def errors_of_all(bench: Bench, method: str, names: list[str], rows: list[dict], compared=VARIANTS) -> dict:
+    """{variant: {"float64": {"loss", "gradient"}, "float32": …}} on the two shortest pairs, as one batch.
 
     Raises: WrongVariant. The models are in float32 before and after.
     """
-    found, naive = {name: {} for name in names}, {}
+    batch = sorted(rows, key=lambda row: row_length([len(row[f"{part}_ids"]) for part in PARTS]))[:2]
+    found = {name: {} for name in names}
     for dtype in (torch.float64, torch.float32):
         bench.to(dtype)
+        naive = naive_on(bench, method, batch)
         for name in names:
-            variant = compared[name]
-            batch = variant.batches(rows, size)[0][:2]
-            if variant.bucketed not in naive:  # the first batch is another one
-                naive[variant.bucketed] = naive_on(bench, method, batch)
-            errors = errors_of(bench, method, variant, batch, naive[variant.bucketed])
+            errors = errors_of(bench, method, compared[name], batch, naive)
             found[name][str(dtype).removeprefix("torch.")] = errors
             if dtype == torch.float64:
-                refuse_wrong(f"{method} {name}", variant, errors)
+                refuse_wrong(f"{method} {name}", compared[name], errors)
     return found
 
 

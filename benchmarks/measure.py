@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.variants import VARIANTS, Bench, Variant, new_bench, random_rows, with_reference_columns
 from common.costs import bytes_of, give_back
@@ -55,6 +55,21 @@ def matmul_speed(device: str, size: int = 2048, times: int = 3) -> float:
     return max(found)
 
 
+def _attention_flops(query, key, value, *_, **__) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward_flops(upstream, query, key, value, *_, **__) -> int:
+    return sdpa_backward_flop_count(upstream, query, key, value)
+
+
+# PyTorch counts attention on a GPU, and leaves it out on a CPU: these are its own formulas.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+
+
 def time_all(bench: Bench, method: str, names: list[str], rows: list[dict], size: int, repetitions: int, say) -> dict:
     """The variants in turn, in reverse order on every other repetition.
 
@@ -64,7 +79,7 @@ def time_all(bench: Bench, method: str, names: list[str], rows: list[dict], size
     optimizer, batches = new_optimizer(bench.policy), {name: VARIANTS[name].batches(rows, size) for name in names}
     found = {"matmul_speed": [], "variants": {}}
     for name in names:
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             take_steps(bench, method, VARIANTS[name], batches[name], optimizer)
         found["variants"][name] = {"steps": len(batches[name]), "flops": counter.get_total_flops()}
     for repetition in range(repetitions):

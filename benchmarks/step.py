@@ -51,7 +51,7 @@ COMPARED = {
     ("gpt2", "orpo"): ["trl", "simple", "packed"],
 }  # fmt: skip
 # Memory is measured for DPO, and for those that the bars compare once more with the allocator as it is.
-HELD, NEEDED = ("trl", "trl_compact", "simple", "packed", "packed_cached"), ("trl", "packed")
+HELD, NEEDED = ("trl", "trl_compact", "simple", "packed"), ("trl", "packed")
 
 
 def say(text: str) -> None:
@@ -64,7 +64,7 @@ def measure_part(size: dict, method: str, names: list[str], lengths: list, repet
     rows = with_reference_columns(bench.to(torch.float64), random_rows(lengths, size["vocabulary"]))
     say(f"{method}, {size['name']}: errors of {len(names)} variants in float64 and float32")
     torch.set_num_threads(os.cpu_count())
-    errors = errors_of_all(bench, method, names, rows, size["batch"])
+    errors = errors_of_all(bench, method, names, rows)
     torch.set_num_threads(1)
     found = time_all(bench, method, names, rows, size["batch"], repetitions, say)
     del bench

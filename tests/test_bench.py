@@ -8,7 +8,7 @@ import pytest
 import torch
 from bench_table import scaling_markdown, step_markdown, step_summary
 
-from benchmarks import bars, scaling, step, variants
+from benchmarks import bars, measure, scaling, step, variants
 from benchmarks.correct import WrongVariant, errors_of_all
 from benchmarks.variants import VARIANTS, new_bench, random_rows, spread, with_reference_columns
 
@@ -130,7 +130,7 @@ def test_ours_and_the_textbook_equal_the_naive_computation():
     bench = new_bench(SIZE)
     rows = with_reference_columns(bench.to(torch.float64), random_rows(LENGTHS, 300))
     for method in ("dpo", "orpo"):
-        found = errors_of_all(bench, method, names, rows, 2)
+        found = errors_of_all(bench, method, names, rows)
         assert all(found[name]["float64"]["gradient"] < 1e-12 for name in names)
         assert all(1e-9 < found[name]["float32"]["gradient"] < 2e-6 for name in names)
     assert next(bench.policy.parameters()).dtype == torch.float32
@@ -141,10 +141,10 @@ def test_trl_is_held_to_its_own_precision():
     bench = new_bench(SIZE)
     rows = with_reference_columns(bench.to(torch.float64), random_rows(LENGTHS, 300))
     names = ["trl", "trl_compact", "trl_best"]
-    found = errors_of_all(bench, "dpo", names, rows, 2)
+    found = errors_of_all(bench, "dpo", names, rows)
     assert all(found[name]["float64"]["gradient"] < 1e-5 for name in names)
     pytest.importorskip("trl.experimental.orpo", reason="this TRL has no experimental ORPO trainer any more")
-    assert errors_of_all(bench, "orpo", ["trl"], rows, 2)["trl"]["float64"]["loss"] < 1e-6
+    assert errors_of_all(bench, "orpo", ["trl"], rows)["trl"]["float64"]["loss"] < 1e-6
 
 
 def test_a_wrong_variant_is_refused():
@@ -156,7 +156,7 @@ def test_a_wrong_variant_is_refused():
     wrong = {"packed": replace(VARIANTS["packed"], loss=short)}
     rows = random_rows([[5, 4, 7], [9, 3, 3]], 300)
     with pytest.raises(WrongVariant, match=r"dpo packed: its loss is off by .*, more than 1e-12: not timed"):
-        errors_of_all(new_bench(SIZE), "dpo", ["packed"], rows, 2, wrong)
+        errors_of_all(new_bench(SIZE), "dpo", ["packed"], rows, wrong)
 
 
 def test_pairs_are_spread_over_the_lengths(monkeypatch):
@@ -190,3 +190,11 @@ def test_scaling_misses_its_bar_where_time_is_quadratic():
     assert not results["bars"][-1]["met"]
     assert "| time, packed | 2.00 |" in scaling_markdown(results) and "**missed**" in scaling_markdown(results)
     assert len(scaling.figure(results).axes) == 2
+
+
+def test_attention_counts_among_the_operations_of_a_cpu():
+    """Scores and weighted values: 2 · 2 · heads · length² · width each pass forward, here 4 · 2 · 8² · 16 = 8192."""
+    states = torch.randn(1, 2, 8, 16)
+    with measure.FlopCounterMode(display=False, custom_mapping=measure.CPU_ATTENTION) as counter:
+        torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True)
+    assert counter.get_total_flops() == 4 * 2 * 8 * 8 * 16

@@ -102,9 +102,9 @@ def step_markdown(results: dict) -> str:
         f"for all. Speed: how many times as fast as TRL in {clock} time, by medians (least to most over repetitions). "
         "Peak: resident memory on the largest batch, over what the process held before it built a model "
         "(MALLOC_MMAP_THRESHOLD_=65536, so that freed blocks are given back); growth: over weights, reference, "
-        "gradients and optimiser too. Errors: of the gradient, against a naive float64 computation, all weights as one "
-        "vector. Ours runs GPT-2's GELU in its fused form, as the course loads its models; the others do as its config "
-        "says.",
+        "gradients and optimiser too. Errors: of the gradient on the two shortest pairs, against a naive float64 "
+        "computation, all weights as one vector. Ours runs GPT-2's GELU in its fused form, as the course loads its "
+        "models; the others do as its config says.",
     ]
     for size in results["sizes"].values():
         for method, part in size["methods"].items():
