@@ -136,8 +136,8 @@ def compare(expected: Expected, run: Run) -> None:
     elif peak < expected.held:
         print(f"predicted {predicted / 1e9:.2f} GB; not measured in this process, since the run was reused")
     else:
-        print(f"predicted {predicted / 1e9:.2f} GB; measured: the process held {expected.held / 1e9:.2f} GB before and "
-              f"{peak / 1e9:.2f} GB at the most, {(peak - expected.held) / 1e9:.2f} GB more")  # fmt: skip
+        print(f"predicted at most {predicted / 1e9:.2f} GB; measured: the process held {expected.held / 1e9:.2f} GB "
+              f"before, and {peak / 1e9:.2f} GB after the largest step: {(peak - expected.held) / 1e9:.2f} GB more")
 
 
 def measured_peak(forecast: Forecast) -> str:

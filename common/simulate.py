@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from common import models
 from common.architectures import profile_config
 from common.evaluation import answers_at_once, cache_bytes
+from common.held_out import SAMPLED_PROMPTS
 from common.logprobs import _token_logps
 from common.profiles import Profile
 
@@ -182,7 +183,7 @@ def predict(
     """
     recipe, config = profile.recipes[method], profile_config(profile)
     lengths = lengths or full_rows(profile, min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2)
-    at_once = answers_at_once(config, profile.max_length)
+    at_once = min(SAMPLED_PROMPTS, answers_at_once(config, profile.max_length))
     at_depth = partial(_simulate, profile, method, path, dtype, device, lengths, at_once)
     depth = config.num_hidden_layers
     if depth <= 6:

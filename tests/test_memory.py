@@ -121,7 +121,7 @@ def test_a_deep_model_is_predicted_from_shallow_ones(request, monkeypatch, kind,
     config = simulate._with_layers(simulate.profile_config(profile), 9)
     monkeypatch.setattr(simulate, "profile_config", lambda profile: config)
     found = predict(profile, method)
-    whole = simulate._simulate(profile, method, "packed", "bfloat16", "cuda", found.lengths, 256, config)
+    whole = simulate._simulate(profile, method, "packed", "bfloat16", "cuda", found.lengths, 64, config)
     assert found.parameters == whole.parameters
     assert found.parts == pytest.approx(whole.parts, rel=0.01, abs=1e4)
     assert found.phases == pytest.approx(whole.phases, rel=0.01)
