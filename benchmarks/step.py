@@ -46,11 +46,11 @@ QUICK = {"name": "a tiny model", "layers": 2, "width": 64, "heads": 2, "vocabula
 COMPARED = {
     ("small", "dpo"): ["trl", "trl_precomputed", "trl_compact", "trl_best", "textbook", "simple", "packed",
                        "packed_cached"],
-    ("small", "orpo"): ["trl", "trl_bucketed", "textbook", "authors", "simple", "packed"],
+    ("small", "orpo"): ["trl", "trl_bucketed", "authors", "simple", "packed"],
     ("gpt2", "dpo"): ["trl", "simple", "packed_unfused", "packed", "packed_cached"],
-    ("gpt2", "orpo"): ["trl", "simple", "packed"],
+    ("gpt2", "orpo"): ["trl", "packed"],
 }  # fmt: skip
-# Memory is measured for DPO, and for those that the bars compare once more with the allocator as it is.
+# Memory is measured for DPO, and on GPT-2 those that the bars compare once more with the allocator as it is.
 HELD, NEEDED = ("trl", "trl_compact", "simple", "packed"), ("trl", "packed")
 
 
@@ -76,12 +76,14 @@ def measure_part(size: dict, method: str, names: list[str], lengths: list, repet
 def measure_memory(part: dict, size: dict, method: str, device: str) -> dict:
     """{variant: what `memory_of` gives}, each in a process of its own, two at a time on a CPU with two cores.
 
-    On a CPU those that the bars compare are measured once more as "default_allocator".
+    On a CPU those that the bars compare are measured once more on GPT-2, as "default_allocator".
     """
     if method != "dpo" or (device == "cpu" and sys.platform != "linux"):
         return {}
     names = [name for name in part["variants"] if name in (NEEDED if size["name"] == QUICK["name"] else HELD)]
-    jobs = [(name, False) for name in names] + [(name, True) for name in NEEDED if device == "cpu"]
+    jobs = [(name, False) for name in names]
+    if device == "cpu" and size["name"] == SIZES["gpt2"]["name"]:
+        jobs += [(name, True) for name in NEEDED]
 
     def measure(job: tuple[str, bool]) -> dict:
         task = {"size": size, "lengths": part["lengths"], "device": device, "method": method, "name": job[0]}
