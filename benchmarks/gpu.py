@@ -91,6 +91,10 @@ def in_words(found: dict) -> str:
     return f"peak {found['peak_bytes'] / 1e9:.2f} GB, {found['step_seconds']['sample']:.2f} s a step"
 
 
+def parts_folder(options: argparse.Namespace) -> Path:
+    return DONE / ("quick" if options.quick else f"{options.cap_gb:g} GB")
+
+
 def measure_profile(name: str, options: argparse.Namespace) -> dict:
     """All methods and paths of a profile."""
     profile, methods = PROFILES[name], {}
@@ -100,7 +104,7 @@ def measure_profile(name: str, options: argparse.Namespace) -> dict:
         for path in PATHS:
             task = {"profile": name, "method": method, "path": path, "quick": options.quick}
             task["cap_bytes"] = int(options.cap_gb * 1e9)
-            kept = DONE / ("quick" if options.quick else f"{options.cap_gb:g} GB")
+            kept = parts_folder(options)
             part = f"{name}-{method}-{path}"
             parts[path] = found = resumable(part, options.resume, measure, task, folder=kept)
             if "failed" in found:  # may be mended before the run goes on
@@ -152,11 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
     if not (torch.cuda.is_available() or options.quick):
         print("No CUDA GPU is here, so nothing was measured; --quick tries the script on a CPU.", file=sys.stderr)
         return 2
-    start = time.perf_counter()
+    start, kept = time.perf_counter(), parts_folder(options)
     if not options.resume:
-        shutil.rmtree(DONE, ignore_errors=True)
+        shutil.rmtree(kept, ignore_errors=True)
     results = run(options)
-    shutil.rmtree(DONE, ignore_errors=True)
+    shutil.rmtree(kept, ignore_errors=True)
     results |= {"bars": [] if options.quick else gpu_bars(results), "wall_seconds": time.perf_counter() - start}
     if not options.quick:
         write_json(RESULTS, results)

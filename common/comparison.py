@@ -71,7 +71,7 @@ def judge_of(lab: Lab) -> Judge:
     """The world's rule, or a reward model trained on the pairs where there is none."""
     if lab.data.world:
         return RuleJudge(lab.data.world)
-    return RewardJudge(train(lab, "reward").model, lab.tokenizer, lab.test_pairs)
+    return RewardJudge(train(lab, "reward").model, lab.tokenizer, lab.test_pairs, lab.profile.eval_batch)
 
 
 def ready(lab: Lab) -> None:

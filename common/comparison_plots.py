@@ -171,7 +171,7 @@ def memory_forecasts(forecasts: list[Forecast], gigabytes: float) -> Figure:
             ax.barh(places, sizes, left=left, color=colour, label=part)
             left += sizes
     for phase, mark in (("evaluation", "D"), ("answers", "o")):
-        sizes = [forecast.phases[phase] / 1e9 for forecast in forecasts]
+        sizes = [forecast.phases.get(phase, np.nan) / 1e9 for forecast in forecasts]
         ax.plot(sizes, places, mark, color="black", markersize=5, label=f"peak of {phase}")
     ax.axvline(gigabytes, color=REJECTED, linestyle="--", label=f"{gigabytes:g} GB")
     ax.set_yticks(places, names)

@@ -109,12 +109,12 @@ def answers_at_once(config, tokens: int) -> int:
 @torch.no_grad()
 def generate(
     model, tokenizer, prompts: list[str], max_new_tokens: int, temperature: float = 1.0, samples: int = 1,
-    seed: int = 0, batch_size: int | None = None, progress: bool = False,
+    seed: int = 0, batch_size: int | None = None, progress: bool = False, sharded: bool = False,
 ) -> list[list[Answer]]:  # fmt: skip
     """`samples` answers to each prompt; temperature 0 is greedy. The global random state is left alone.
 
     Prompts of a batch (default: `answers_at_once`) are padded on the left, so that every answer starts right after its
-    prompt.
+    prompt. `sharded`: the processes of an FSDP run go on until the last one's answers have ended.
     Returns: one list of answers per prompt. Raises: ValueError if a prompt leaves no room for an answer.
     """
     end = tokenizer.eos_token_id
@@ -135,7 +135,7 @@ def generate(
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch], device=model.device)
             out = model.generate(
                 input_ids=inputs, attention_mask=mask, max_new_tokens=max_new_tokens, pad_token_id=end,
-                eos_token_id=end, **sampling,
+                eos_token_id=end, synced_gpus=sharded, **sampling,
             )  # fmt: skip
             flat += [_cut(row, new.tolist(), end) for row, new in zip(batch, out[:, longest:], strict=True)]
     model.train(training)
@@ -152,14 +152,14 @@ def _cut(prompt_ids: list[int], new_ids: list[int], end: int) -> tuple[list[int]
     return prompt_ids, new_ids[: new_ids.index(end) + 1] if ended else new_ids, ended
 
 
-def kl_on_samples(model, reference, answers: list[list[Answer]]) -> float:
+def kl_on_samples(model, reference, answers: list[list[Answer]], batch_size: int = 64) -> float:
     """KL(policy ‖ reference) in nats per response, estimated on the policy's own samples at temperature 1.
 
     The mean of log p_policy(y) - log p_reference(y): unbiased, and 0 for a model against itself.
     """
     rows = [vars(answer) for group in answers for answer in group]
-    policy = logps_of(model, rows).chosen.sums
-    return float((policy - logps_of(reference, rows).chosen.sums).mean())
+    policy = logps_of(model, rows, batch_size=batch_size).chosen.sums
+    return float((policy - logps_of(reference, rows, batch_size=batch_size).chosen.sums).mean())
 
 
 def text_measures(answers: list[list[Answer]], world: World | None) -> dict[str, float]:
@@ -207,7 +207,7 @@ def measure(lab: Lab, model, reference, temperature: float = 1.0) -> tuple[dict,
     )  # fmt: skip
     policy = logps_of(model, lab.test_pairs, batch_size=profile.eval_batch)
     shared = preference_metrics(policy, logps_of(reference, lab.test_pairs, batch_size=profile.eval_batch))
-    kl = kl_on_samples(model, reference, answers)
+    kl = kl_on_samples(model, reference, answers, profile.eval_batch)
     seen = text_measures(answers, lab.data.world)
     return {"perplexity": perplexity(policy.chosen), "kl": kl, **shared, **seen}, answers
 

@@ -77,4 +77,4 @@ def logps(trainer, model, rows: list[dict]) -> PairLogps:
 def answers(trainer, model, seed: int) -> list[list[Answer]]:
     """One sampled answer to each of a few held-out prompts."""
     prompts, length = trainer.lab.prompts[:SAMPLED_PROMPTS], trainer.lab.profile.max_new_tokens
-    return generate(model, trainer.lab.tokenizer, prompts, length, seed=seed)
+    return generate(model, trainer.lab.tokenizer, prompts, length, seed=seed, sharded=trainer.sharded)

@@ -67,14 +67,15 @@ def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict
 class RewardJudge:
     """A reward model trained on the training pairs: the higher reward wins. It judges where no rule exists."""
 
-    def __init__(self, model, tokenizer, held_out_pairs):
+    def __init__(self, model, tokenizer, held_out_pairs, batch_size: int = 64):
         self.model, self.tokenizer, self.known = model.eval(), tokenizer, {}  # known: (prompt, answer) → reward
+        self.batch_size = batch_size
         self.held_out_accuracy = self._accuracy(list(held_out_pairs))
         self.name = f"a reward model (right on {self.held_out_accuracy:.0%} of {len(held_out_pairs)} held-out pairs)"
 
     def _scores(self, rows: list[dict], side: str) -> Tensor:
-        pad = self.tokenizer.pad_token_id
-        batches = (collate(rows[start : start + 64], pad, self.model.device) for start in range(0, len(rows), 64))
+        pad, size = self.tokenizer.pad_token_id, self.batch_size
+        batches = (collate(rows[start : start + size], pad, self.model.device) for start in range(0, len(rows), size))
         with torch.no_grad():
             return torch.cat([rewards(self.model, batch, side).cpu() for batch in batches])
 

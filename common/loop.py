@@ -94,7 +94,8 @@ class Trainer:
         """The recipe's path, if it is the simple one or the model can be packed; says so in one line."""
         if self.recipe.path == "simple" or self.method == "reward":
             return "simple"
-        first = [self.rows[number] for number in self.step_rows(0)[: self.recipe.micro_batch]]  # on every process
+        count = max(2, self.recipe.micro_batch)  # in 16 bit a row is a little apart from itself in a batch
+        first = [self.rows[number] for number in self.step_rows(0)[:count]]  # on every process
         longest = max(self.rows, key=lambda row: len(row["prompt_ids"]) + max(len(row[f"{s}_ids"]) for s in self.sides))
         batches = [collate(rows, self.pad, self.model.device, self.sides) for rows in (first, [longest])]
         path, why = processes.of_main(checked_path(self.model, batches))  # the same on every process

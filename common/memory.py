@@ -5,15 +5,17 @@ It needs neither the GPU nor the model's weights, and says which setting to chan
 """
 
 import argparse
+import gc
 import json
 import sys
 from dataclasses import dataclass, replace
 
 import psutil
+import torch
 
 from common.profiles import PROFILES, ROOT, Profile, Recipe, device_and_precision, get_profile, gpu_gigabytes
 from common.runs import Lab, stage_of
-from common.simulate import PARTS, Forecast, predict
+from common.simulate import PARTS, Forecast, full_rows, predict
 from common.training import Run
 
 METHODS = ("sft", "dpo", "orpo")
@@ -47,13 +49,17 @@ def remedies(profile: Profile, method: str) -> list[dict]:
     ]
 
 
-def what_would_fit(profile: Profile, method: str, gigabytes: float, **options) -> tuple[dict, Forecast]:
+def what_would_fit(profile: Profile, now: Forecast, gigabytes: float, **options) -> tuple[dict, Forecast]:
     """Changes of settings that help, added one by one until it fits; and what is then predicted, which may not fit."""
-    changes, now = {}, predict(profile, method, **options)
-    for remedy in remedies(profile, method):
+    changes, lengths = {}, now.lengths
+    for remedy in remedies(profile, now.method):
         if fits(now, gigabytes):
             break
-        new = predict(_changed(profile, **changes | remedy), method, **options) if remedy else now
+        changed = _changed(profile, **changes | remedy)
+        rows = lengths[: changed.recipes[now.method].micro_batch]
+        if "max_length" in remedy:
+            rows = full_rows(changed, len(rows), len(rows[0]) - 1)
+        new = predict(changed, now.method, lengths=rows, **options) if remedy else now
         if new.peak < 0.99 * now.peak:
             changes, now = changes | remedy, new
     return changes, now
@@ -63,11 +69,12 @@ def forecast_table(forecasts: list[Forecast]) -> str:
     """Each part at the peak of a training step, and the peaks of the other phases; one line per forecast."""
     unit, divisor, digits = ("GB", 1e9, 2) if max(each.peak for each in forecasts) >= 1e9 else ("MB", 1e6, 1)
     parts = [part for part in PARTS if any(forecast.parts[part] for forecast in forecasts)]
-    heads = [*parts, "step", "evaluation", "answers"]
+    heads = [*parts, *max((forecast.phases for forecast in forecasts), key=len)]
     lines = [f"{unit + ' at the peak of':20s}" + "".join(f"{head:>{max(8, len(head) + 2)}s}" for head in heads)]
     for each in forecasts:
-        sizes = [(each.parts | each.phases)[head] / divisor for head in heads]
-        cells = [f"{size:{max(8, len(head) + 2)}.{digits}f}" for head, size in zip(heads, sizes, strict=True)]
+        found = each.parts | each.phases
+        sizes = [f"{found[head] / divisor:.{digits}f}" if head in found else "–" for head in heads]
+        cells = [f"{size:>{max(8, len(head) + 2)}s}" for head, size in zip(heads, sizes, strict=True)]
         lines.append(f"{each.profile + ' ' + each.method:20s}" + "".join(cells))
     return "\n".join(lines)
 
@@ -76,10 +83,10 @@ def verdict(profile: Profile, forecast: Forecast, gigabytes: float, **options) -
     """Does it fit, and if not, which setting to change?"""
     aside = f"{forecast.peak / 1e9:.2f} GB and {ASIDE_GB:g} GB set aside"
     if fits(forecast, gigabytes):
-        return f"{forecast.method}: fits in {gigabytes:g} GB ({aside})"
-    changes, then = what_would_fit(profile, forecast.method, gigabytes, path=forecast.path, **options)
+        return f"{forecast.method}: fits in {gigabytes:.3g} GB ({aside})"
+    changes, then = what_would_fit(profile, forecast, gigabytes, path=forecast.path, **options)
     named = ", ".join(f"{name}={value}" for name, value in changes.items())
-    says = f"{forecast.method}: does not fit in {gigabytes:g} GB ({aside})."
+    says = f"{forecast.method}: does not fit in {gigabytes:.3g} GB ({aside})."
     if not fits(then, gigabytes):
         return f"{says} Nor with {named or 'other settings'}: {then.peak / 1e9:.2f} GB. Take a smaller model."
     return f"{says} In common/profiles.py set {named}: {then.peak / 1e9:.2f} GB."
@@ -98,46 +105,55 @@ def describe(profile: Profile, forecast: Forecast, dtype: str) -> str:
 
 @dataclass
 class Expected:
-    """A forecast for a stage of this lab, and what the process held when it was made."""
+    """A forecast for a stage of this lab, and what was held when it was made."""
 
     forecast: Forecast
-    held: int  # bytes of resident memory; on a GPU, of its memory
+    held: int  # bytes of the GPU's memory; without one, of this process's resident memory
 
 
 def longest_rows(lab: Lab, stage: str) -> list[list[int]]:
-    """Lengths of the longest micro-batch that a stage can meet: [prompt, chosen, …] in tokens."""
-    recipe, parts = lab.profile.recipes[stage], ("prompt", "chosen", "rejected")
+    """Lengths of the rows that take most, as many as a micro-batch has: [prompt, chosen, …] in tokens."""
+    recipe, sides = lab.profile.recipes[stage], ["chosen", "rejected"]
     rows = lab.demonstrations if stage_of(stage).rows == "demonstrations" else lab.train_pairs
-    lengths = [[len(row[f"{part}_ids"]) for part in parts if f"{part}_ids" in row] for row in rows]
-    ordered = sorted(lengths, key=lambda row: row[0] + max(row[1:]), reverse=True)
-    return ordered[: min(recipe.micro_batch, recipe.batch_size)]
+    columns = [name for name in ("prompt_ids", *(f"{side}_ids" for side in sides)) if name in rows.column_names]
+    lengths = [list(map(len, row)) for row in zip(*(rows[name] for name in columns), strict=True)]
+    packed = recipe.path == "packed"  # which keeps every token once; the simple path pads to the longest row
+    lengths.sort(key=lambda row: sum(row) + sum(row[1:]) if packed else row[0] + max(row[1:]), reverse=True)
+    return lengths[: min(recipe.micro_batch, recipe.batch_size)]
 
 
 def expect(lab: Lab, stage: str) -> Expected:
-    """Predicts what training a stage takes at most, with the lab's own rows on this machine, and prints it."""
+    """Predicts what training a stage takes with the lab's longest rows on this machine, and prints it.
+
+    Raises: ValueError for another stage than "sft", "dpo" and "orpo".
+    """
+    if stage not in METHODS:
+        raise ValueError(f"Memory is predicted for {', '.join(METHODS)}, not for {stage!r}.")
     device, dtype, _ = device_and_precision()
-    recipe = lab.profile.recipes[stage]
-    forecast = predict(lab.profile, stage, recipe.path, dtype, device, longest_rows(lab, stage))
+    forecast = predict(lab.profile, stage, lab.profile.recipes[stage].path, dtype, device, longest_rows(lab, stage))
     print(describe(lab.profile, forecast, dtype))
     print(forecast_table([forecast]))
     if device == "cuda":
-        print(verdict(lab.profile, forecast, gpu_gigabytes(), dtype=dtype, device=device))
-    else:
-        free = psutil.virtual_memory().available / 1e9
-        print(f"{forecast.peak / 1e9:.2f} GB, beside Python and its libraries; {free:.1f} GB of memory are free")
-    return Expected(forecast, 0 if device == "cuda" else psutil.Process().memory_info().rss)
+        gc.collect()  # models that are no longer used
+        held = torch.cuda.memory_allocated()
+        print(f"{held / 1e9:.2f} GB of the GPU are in use already")
+        print(verdict(lab.profile, forecast, gpu_gigabytes() - held / 1e9, dtype=dtype, device=device))
+        return Expected(forecast, held)
+    free = psutil.virtual_memory().available / 1e9
+    print(f"{forecast.peak / 1e9:.2f} GB, beside Python and its libraries; {free:.1f} GB of memory are free")
+    return Expected(forecast, psutil.Process().memory_info().rss)
 
 
 def compare(expected: Expected, run: Run) -> None:
     """Prints the prediction beside what the run took."""
-    peak, predicted = run.record["peak_memory_bytes"], expected.forecast.peak
-    if run.record["device"] == "cuda":
-        print(f"predicted {predicted / 1e9:.2f} GB, measured {peak / 1e9:.2f} GB ({predicted / peak:.2f} of it)")
-    elif peak < expected.held:
+    more, predicted = run.record["peak_memory_bytes"] - expected.held, expected.forecast.peak
+    if more < 0:
         print(f"predicted {predicted / 1e9:.2f} GB; not measured in this process, since the run was reused")
-    else:
-        print(f"predicted at most {predicted / 1e9:.2f} GB; measured: the process held {expected.held / 1e9:.2f} GB "
-              f"before, and {peak / 1e9:.2f} GB after the largest step: {(peak - expected.held) / 1e9:.2f} GB more")
+        return
+    print(f"predicted {predicted / 1e9:.2f} GB; {expected.held / 1e9:.2f} GB were held before, and at most "
+          f"{more / 1e9:.2f} GB more were measured")  # fmt: skip
+    if run.record["device"] == "cpu":
+        print("(On a CPU that is the resident memory after each step, with what the C library keeps of freed memory.)")
 
 
 def measured_peak(forecast: Forecast) -> str:
@@ -158,7 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--method", choices=METHODS, help="default: all three")
     parser.add_argument("--path", choices=("packed", "simple"), default="packed")
     parser.add_argument("--precision", choices=("bfloat16", "float16", "float32"),
-                        help="default: bfloat16, or that of the GPU here")  # fmt: skip
+                        help="default: that of the GPU here; for --gpu-gb bfloat16")  # fmt: skip
     parser.add_argument("--max-length", type=int, help="tokens of prompt and response (default: the profile's)")
     parser.add_argument("--micro-batch", type=int, help="pairs per forward pass (default: the profile's)")
     options = parser.parse_args(arguments)
@@ -167,7 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
         profile = _changed(get_profile(options.profile), **changes)
         gigabytes = options.gpu_gb or gpu_gigabytes()
         settings = {
-            "dtype": options.precision or (found[1] if found[0] == "cuda" else "bfloat16"),
+            "dtype": options.precision or (found[1] if found[0] == "cuda" or not gigabytes else "bfloat16"),
             "device": "cuda" if gigabytes else "cpu",
         }
         forecasts = [predict(profile, method, options.path, **settings)

@@ -57,7 +57,7 @@ STAGES = {
 # Whatever decides a trained weight: a change here makes a finished run stale.
 SOURCES = (
     "toyworld", "readers", "files", "hub", "data", "models", "logprobs", "losses", "evaluation", "judges",
-    "checkpoints", "processes", "held_out", "reference", "loop", "training",
+    "optimizers", "checkpoints", "processes", "held_out", "reference", "loop", "training",
 )  # fmt: skip
 
 

@@ -39,7 +39,7 @@ class Forecast:
     method: str
     path: str
     parts: dict[str, int]  # at the peak of a training step; keys PARTS
-    phases: dict[str, int]  # the peak of each phase: "step", "evaluation" of held-out pairs, "answers" sampled there
+    phases: dict[str, int]  # the peak of each: "step", "evaluation" of held-out pairs, for DPO "answers" sampled there
     parameters: int  # of the model, without LoRA
     lengths: list[list[int]]  # of the micro-batch: prompt, chosen, rejected, in tokens
 
@@ -184,6 +184,9 @@ def predict(
     recipe, config = profile.recipes[method], profile_config(profile)
     lengths = lengths or full_rows(profile, min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2)
     at_once = min(SAMPLED_PROMPTS, answers_at_once(config, profile.max_length))
+    if device == "cuda":  # with dropout the CPU's attention keeps whole matrices, which a GPU's does not
+        for name in {"attn_pdrop", "attention_dropout"} & vars(config).keys():
+            setattr(config, name, 0.0)
     at_depth = partial(_simulate, profile, method, path, dtype, device, lengths, at_once)
     depth = config.num_hidden_layers
     if depth <= 6:
@@ -243,6 +246,8 @@ def _simulate(
         with torch.no_grad(), mixed():
             _score(model, batches[1], tables[1], path)
         phases["evaluation"] = count.peak
+        if method != "dpo":  # the others have no reference to compare answers with, and sample none
+            return Forecast(profile.name, method, path, parts, phases, parameters, lengths)
         count.start_phase()
         with torch.no_grad():
             cache = torch.empty(at_once * room * cache_bytes(config), dtype=torch.uint8)  # noqa: F841 - alive meanwhile

@@ -128,7 +128,13 @@ def test_the_results_are_kept_and_the_table_is_made_from_them(machine, monkeypat
     assert kept["profiles"].keys() == {name for name, profile in PROFILES.items() if not is_tiny(profile)}
     assert "| `gpt2` | DPO | 10.50 · 10.50 · 10.50 | 11.00 | 2000 · 2000 · 2000 | 5.0 |" in text
     assert "| gpt2, dpo: prediction off by | 0.0476 | ≤ 0.15 | met |" in text and "160,800" in text
-    assert len(kept["bars"]) == 12 and not gpu.DONE.exists()
+    assert len(kept["bars"]) == 12 and not any(gpu.DONE.iterdir())
+
+
+def test_a_trial_on_a_cpu_prints_its_table_and_keeps_nothing(machine, capsys):
+    """Its tiny models are not what is predicted."""
+    assert gpu.main(["--quick"]) == 0
+    assert "not predicted" in capsys.readouterr().out and not gpu.RESULTS.exists()
 
 
 @pytest.mark.parametrize(("change", "missed"), [

@@ -174,20 +174,33 @@ def test_a_lab_says_what_it_expects_and_what_it_took(trained_lab, capsys):
     assert expected.forecast.lengths == memory.longest_rows(trained_lab, "dpo")
     took = expected.held + 2_000_000_000
     memory.compare(expected, SimpleNamespace(record={"peak_memory_bytes": took, "device": "cpu"}))
-    assert "2.00 GB more" in capsys.readouterr().out
+    assert "at most 2.00 GB more" in capsys.readouterr().out
     memory.compare(expected, SimpleNamespace(record={"peak_memory_bytes": 1, "device": "cpu"}))
     assert "not measured in this process" in capsys.readouterr().out
-    memory.compare(expected, SimpleNamespace(record={"peak_memory_bytes": 10**9, "device": "cuda"}))
-    assert "measured 1.00 GB" in capsys.readouterr().out
+    memory.compare(expected, SimpleNamespace(record={"peak_memory_bytes": expected.held + 10**9, "device": "cuda"}))
+    assert "at most 1.00 GB more" in (said := capsys.readouterr().out) and "CPU" not in said
+
+
+def test_only_what_can_be_predicted_is(trained_lab):
+    with pytest.raises(ValueError, match="predicted for sft, dpo, orpo, not for 'reward'"):
+        memory.expect(trained_lab, "reward")
+
+
+def test_only_dpo_samples_answers_while_it_trains(small):
+    """The others have nothing to compare them with: their table has no figure there."""
+    forecasts = [predict(small, method) for method in memory.METHODS]
+    assert ["answers" in forecast.phases for forecast in forecasts] == [False, True, False]
+    lines = memory.forecast_table(forecasts).splitlines()
+    assert lines[0].endswith("answers") and [line.endswith("–") for line in lines[1:]] == [True, False, True]
 
 
 def test_the_longest_micro_batch_is_found(trained_lab):
     rows = memory.longest_rows(trained_lab, "orpo")
     recipe = trained_lab.profile.recipes["orpo"]
-    totals = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    assert len(rows) == min(recipe.micro_batch, recipe.batch_size) and recipe.path == "packed"
+    totals = [len(row["prompt_ids"]) + 2 * len(row["chosen_ids"] + row["rejected_ids"])
               for row in trained_lab.train_pairs]  # fmt: skip
-    assert len(rows) == min(recipe.micro_batch, recipe.batch_size)
-    assert rows[0][0] + max(rows[0][1:]) == max(totals)
+    assert rows[0][0] + 2 * sum(rows[0][1:]) == max(totals)
     assert len(memory.longest_rows(trained_lab, "sft")[0]) == 2
 
 

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import assert_same
 
-from common import checkpoints, models, runs, train
+from common import checkpoints, loop, models, runs, train
 from common.data import tokenize_pairs
 from common.evaluation import logps_of
 from common.judges import RewardJudge
@@ -322,6 +322,14 @@ def test_accumulation_equals_one_large_batch(lab, tmp_path, stage, changes):
         assert_same(one.detach(), other.detach(), 1e-9)
     moved = [(new - old).abs().max().item() for new, old in zip(large.model.parameters(), before, strict=True)]
     assert max(moved) > 1e-4
+
+
+def test_a_micro_batch_of_one_is_checked_with_two_rows(lab, tmp_path, monkeypatch):
+    """How far mere batching moves a row in 16 bit is seen only where a batch has more than one."""
+    seen = []
+    monkeypatch.setattr(loop, "checked_path", lambda model, batches: seen.extend(batches) or ("packed", "a test"))
+    train_stage(lab, "sft", sweep="ones", micro_batch=1, batch_size=4, epochs=0.1)
+    assert [len(batch["prompt_ids"]) for batch in seen] == [2, 1]
 
 
 def test_gradients_are_clipped(lab, tmp_path):

@@ -154,7 +154,7 @@ def _gpu_row(method: dict, words: dict) -> list[str]:
     peaks = [_gpu_cell(part, words, lambda part: f"{part['peak_bytes'] / GB:.2f}") for part in paths]
     speeds = [_gpu_cell(part, words, lambda part: f"{part['tokens_per_second']['sample']:.0f}") for part in paths]
     hours = _gpu_cell(own, words, lambda part: f"{method['steps'] * part['step_seconds']['sample'] / 3600:.1f}")
-    predicted = f"{own['predicted_bytes'] / GB:.2f}" if own["predicted_bytes"] else words["unpredicted"]
+    predicted = f"{own['predicted_bytes'] / GB:.2f}" if own.get("predicted_bytes") else words["unpredicted"]
     return [" · ".join(peaks), predicted, " · ".join(speeds), hours]
 
 
