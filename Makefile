@@ -31,7 +31,7 @@ quality: $(STAMP) ## train with three fresh seeds: the quality table and its thr
 	@$(PY) -m benchmarks.quality
 	@$(PY) tools/readme_table.py
 
-bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a bar is missed (about 20 minutes)
+bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a bar is missed (about 25 minutes)
 	@$(PY) -m benchmarks.step; step=$$?; $(PY) tools/readme_table.py > /dev/null && exit $$step
 
 scaling: $(STAMP) ## how a step's time and memory grow with pairs, lengths, vocabulary and width (about 5 minutes)
