@@ -21,6 +21,7 @@ from common.architectures import random_model
 from common.loop import Trainer
 from common.models import frozen_copy, lora_settings
 from common.profiles import PROFILES, Profile, device_and_precision
+from common.simulate import full_rows
 
 METHODS = ("sft", "dpo", "orpo")
 PATHS = ("packed", "simple", "trl")
@@ -57,8 +58,7 @@ def tiny_sizes(profile: Profile, folder: Path) -> Profile:
 
 def full_length(profile: Profile) -> list[int]:
     """[prompt, chosen, rejected] in tokens of the longest pair, half of it prompt."""
-    half = profile.max_length // 2
-    return [profile.max_length - half, half, half]
+    return full_rows(profile, 1, 2)[0]
 
 
 def shortened(lengths: list[int], limit: int) -> list[int]:
