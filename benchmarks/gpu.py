@@ -21,9 +21,10 @@ from statistics import median
 import torch
 
 from benchmarks.bars import judged
-from benchmarks.gpu_part import METHODS, PATHS, full_length
+from benchmarks.gpu_part import PATHS, full_length
 from benchmarks.step import resumable, say
 from benchmarks.variants import LENGTHS
+from common.memory import METHODS
 from common.models import is_tiny
 from common.profiles import PROFILES, Profile, device_and_precision
 from common.runs import write_json

@@ -23,7 +23,6 @@ from common.models import frozen_copy, lora_settings
 from common.profiles import PROFILES, Profile, device_and_precision
 from common.simulate import full_rows
 
-METHODS = ("sft", "dpo", "orpo")
 PATHS = ("packed", "simple", "trl")
 REPEATS = 3  # timed steps, after one to warm up
 GONE = (torch.OutOfMemoryError, MemoryError)
