@@ -17,22 +17,22 @@ env: $(STAMP) ## check this machine: packages, device, memory, disk, and the pro
 	@$(PY) -m common.environment
 
 labs: $(STAMP) ## run all notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
-	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) tools/run_labs.py
+	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) -m tools.run_labs
 
 test: $(STAMP) ## lint, unit and parity tests, then every notebook on the smoke profile, offline
 	@$(PY) -m ruff check .
 	@$(PY) -m pytest --durations=10
 
 notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
-	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) tools/run_labs.py --fresh --in-place --record
-	@$(PY) tools/readme_table.py
+	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) -m tools.run_labs --fresh --in-place --record
+	@$(PY) -m tools.readme_table
 
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
 	@$(PY) -m benchmarks.quality
-	@$(PY) tools/readme_table.py
+	@$(PY) -m tools.readme_table
 
 bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a bar is missed (about 25 minutes)
-	@$(PY) -m benchmarks.step; step=$$?; $(PY) tools/readme_table.py > /dev/null && exit $$step
+	@$(PY) -m benchmarks.step; step=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$step
 
 scaling: $(STAMP) ## how a step's time and memory grow with pairs, lengths, vocabulary and width (about 5 minutes)
 	@$(PY) -m benchmarks.scaling

@@ -1,11 +1,23 @@
-"""Does a variant compute the loss? Against the naive computation, in float64 and in the precision that is timed."""
+"""Does a variant compute the loss? Against the naive computation, in float64 and in the precision
+that is timed.
+"""
 
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 
-from benchmarks.variants import BETA, LAMBDA, PARTS, VARIANTS, Bench, Variant, new_model, ours_given, row_length
+from benchmarks.variants import (
+    BETA,
+    LAMBDA,
+    PARTS,
+    VARIANTS,
+    Bench,
+    Variant,
+    new_model,
+    ours_given,
+    row_length,
+)
 from common.data import collate
 from common.logprobs import response_logps
 from common.models import add_lora, freeze, frozen_copy
@@ -17,11 +29,15 @@ class WrongVariant(RuntimeError):
 
 
 def naive_backward(bench: Bench, method: str, rows: list[dict]) -> float:
-    """The loss, its gradients left on the policy: each response alone, without padding, log_softmax everywhere."""
+    """The loss, its gradients left on the policy: each response alone, without padding, log_softmax
+    everywhere.
+    """
 
     def token_logps(model, row: dict, side: str) -> torch.Tensor:
         ids = torch.tensor([row["prompt_ids"] + row[f"{side}_ids"]], device=bench.device)
-        return F.log_softmax(model(ids).logits[0, :-1].double(), dim=-1).gather(1, ids[0, 1:, None])[:, 0]
+        return F.log_softmax(model(ids).logits[0, :-1].double(), dim=-1).gather(
+            1, ids[0, 1:, None]
+        )[:, 0]
 
     total, tokens = 0.0, sum(len(row["prompt_ids"] + row["chosen_ids"]) - 1 for row in rows)
     for row in rows:
@@ -29,7 +45,10 @@ def naive_backward(bench: Bench, method: str, rows: list[dict]) -> float:
         chosen, rejected = (token_logps(bench.policy, row, side) for side in ("chosen", "rejected"))
         if method == "dpo":
             with torch.no_grad():
-                known = [token_logps(bench.reference, row, side)[start:].sum() for side in ("chosen", "rejected")]
+                known = [
+                    token_logps(bench.reference, row, side)[start:].sum()
+                    for side in ("chosen", "rejected")
+                ]
             margin = chosen[start:].sum() - known[0] - rejected[start:].sum() + known[1]
             loss = torch.log1p(torch.exp(-BETA * margin)) / len(rows)
         else:
@@ -42,17 +61,27 @@ def naive_backward(bench: Bench, method: str, rows: list[dict]) -> float:
 
 
 def gradients(model) -> dict[str, torch.Tensor]:
-    return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+    return {
+        name: weight.grad.clone()
+        for name, weight in model.named_parameters()
+        if weight.grad is not None
+    }
 
 
 def distance(model, naive: dict[str, torch.Tensor]) -> float:
-    """Length of the difference from the naive gradient over that gradient's own, all weights as one vector."""
+    """Length of the difference from the naive gradient over that gradient's own, all weights as one
+    vector.
+    """
     weights = dict(model.named_parameters())
-    off = sum((weights[name].grad - gradient).square().sum().item() for name, gradient in naive.items())
+    off = sum(
+        (weights[name].grad - gradient).square().sum().item() for name, gradient in naive.items()
+    )
     return (off / sum(gradient.square().sum().item() for gradient in naive.values())) ** 0.5
 
 
-def errors_of(bench: Bench, method: str, variant: Variant, batch: list[dict], naive: tuple[float, dict]) -> dict:
+def errors_of(
+    bench: Bench, method: str, variant: Variant, batch: list[dict], naive: tuple[float, dict]
+) -> dict:
     """Relative errors of a variant's loss and gradient, in the precision that the models have now."""
     bench.policy.zero_grad()
     loss = variant.loss(bench, method, batch)
@@ -69,15 +98,22 @@ def refuse_wrong(name: str, variant: Variant, errors: dict) -> None:
     """Raises: WrongVariant if a variant misses its tolerance in float64. NaN misses it."""
     for what, bound in (("loss", variant.loss_tolerance), ("gradient", variant.gradient_tolerance)):
         if not errors[what] <= bound:
-            raise WrongVariant(f"{name}: its {what} is off by {errors[what]:.2g}, more than {bound:g}: not timed")
+            raise WrongVariant(
+                f"{name}: its {what} is off by {errors[what]:.2g}, more than {bound:g}: not timed"
+            )
 
 
-def errors_of_all(bench: Bench, method: str, names: list[str], rows: list[dict], compared=VARIANTS) -> dict:
-    """{variant: {"float64": {"loss", "gradient"}, "float32": …}} on the two shortest pairs, as one batch.
+def errors_of_all(
+    bench: Bench, method: str, names: list[str], rows: list[dict], compared=VARIANTS
+) -> dict:
+    """{variant: {"float64": {"loss", "gradient"}, "float32": …}} on the two shortest pairs, as one
+    batch.
 
     Raises: WrongVariant. The models are in float32 before and after.
     """
-    batch = sorted(rows, key=lambda row: row_length([len(row[f"{part}_ids"]) for part in PARTS]))[:2]
+    batch = sorted(rows, key=lambda row: row_length([len(row[f"{part}_ids"]) for part in PARTS]))[
+        :2
+    ]
     found = {name: {} for name in names}
     for dtype in (torch.float64, torch.float32):
         bench.to(dtype)
@@ -91,7 +127,8 @@ def errors_of_all(bench: Bench, method: str, names: list[str], rows: list[dict],
 
 
 def lora_errors(size: dict, rows: list[dict]) -> dict:
-    """Errors of the packed DPO step in float64 with LoRA, its reference being the model with the adapter off.
+    """Errors of the packed DPO step in float64 with LoRA, its reference being the model with the
+    adapter off.
 
     The naive computation has the base model as a second model.
     """

@@ -1,7 +1,9 @@
-"""One part of `benchmarks.gpu`, in a process of its own: a profile, a method, and the course's step or TRL's.
+"""One part of `benchmarks.gpu`, in a process of its own: a profile, a method, and the course's step
+or TRL's.
 
-The course's step is that of `common.loop.Trainer`, TRL's that of its own `train()`: with accumulation over
-micro-batches, clipping, optimiser and schedule. Reads a task as JSON from stdin, prints what it found as JSON.
+The course's step is that of `common.loop.Trainer`, TRL's that of its own `train()`: with
+accumulation over micro-batches, clipping, optimiser and schedule. Reads a task as JSON from stdin,
+prints what it found as JSON.
 """
 
 import json
@@ -17,11 +19,11 @@ from transformers import GPT2Config, LlamaConfig, TrainerCallback
 
 from benchmarks.measure import Peak
 from benchmarks.variants import LENGTHS, orpo_row, random_rows, spread, trl_trainer
-from common.architectures import random_model
-from common.loop import Trainer
+from common.memory.architectures import random_model
+from common.memory.simulate import full_rows
 from common.models import frozen_copy, lora_settings
 from common.profiles import PROFILES, Profile, device_and_precision
-from common.simulate import full_rows
+from common.training.trainer import Trainer
 
 PATHS = ("packed", "simple", "trl")
 REPEATS = 3  # timed steps, after one to warm up
@@ -30,27 +32,44 @@ GONE = (torch.OutOfMemoryError, MemoryError)
 
 @dataclass
 class Found:
-    """What a part takes. Bytes are of the GPU, weights included; on a CPU the resident memory of the process."""
+    """What a part takes. Bytes are of the GPU, weights included; on a CPU the resident memory of
+    the process.
+    """
 
-    path: str  # the one that was taken: packed rows step aside where they do not give what simple rows give
+    # the one that was taken: packed rows step aside where they do not give what simple rows give
+    path: str
     peaks: dict[str, int] = field(default_factory=dict)  # bytes allocated, by phase
     reserved: int = 0  # bytes that torch took from the GPU to give these
     paged: int = 0  # bytes of optimiser state in memory that CUDA moves, which torch does not count
-    device_used: int = 0  # bytes in use on the GPU afterwards: those of the CUDA context, and of other programs, too
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each timed step, by kind of rows
+    # bytes in use on the GPU afterwards: those of the CUDA context, and of other programs, too
+    device_used: int = 0
+    seconds: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # of each timed step, by kind of rows
     tokens: dict[str, float] = field(default_factory=dict)  # of a step, by kind of rows
     out_of_memory: str = ""  # the phase that did not fit
 
 
 def tiny_sizes(profile: Profile, folder: Path) -> Profile:
-    """The profile with a model, lengths and batches that a CPU takes a moment for; all other settings are its own."""
+    """The profile with a model, lengths and batches that a CPU takes a moment for; all other
+    settings are its own.
+    """
     sizes = {"vocab_size": 128, "max_position_embeddings": 64}
     if profile.four_bit:
-        config = LlamaConfig(hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, **sizes)
+        config = LlamaConfig(
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            **sizes,
+        )
     else:
         config = GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=1, n_head=2)
     config.save_pretrained(folder)
-    recipes = {name: replace(recipe, batch_size=2, micro_batch=1) for name, recipe in profile.recipes.items()}
+    recipes = {
+        name: replace(recipe, batch_size=2, micro_batch=1)
+        for name, recipe in profile.recipes.items()
+    }
     lengths = {"max_length": 48, "max_new_tokens": 2, "eval_batch": 2}
     return replace(profile, model=str(folder), recipes=recipes, lora=profile.lora and 2, **lengths)
 
@@ -67,15 +86,26 @@ def shortened(lengths: list[int], limit: int) -> list[int]:
 
 
 def rows_of(profile: Profile, count: int, vocabulary: int) -> dict[str, list[dict]]:
-    """So many pairs, at full length, and as long as those of the data (`benchmarks/hh_lengths.json`)."""
+    """So many pairs, at full length, and as long as those of the data
+    (`benchmarks/hh_lengths.json`).
+    """
     stored = json.loads(LENGTHS.read_text(encoding="utf-8"))
-    sample = [shortened(lengths, profile.max_length) for lengths in spread(stored * (1 + count // len(stored)), count)]
-    return {"full": random_rows([full_length(profile)] * count, vocabulary), "sample": random_rows(sample, vocabulary)}
+    sample = [
+        shortened(lengths, profile.max_length)
+        for lengths in spread(stored * (1 + count // len(stored)), count)
+    ]
+    return {
+        "full": random_rows([full_length(profile)] * count, vocabulary),
+        "sample": random_rows(sample, vocabulary),
+    }
 
 
 def tokens_per_step(rows: list[dict], sides: tuple[str, ...], steps: int) -> float:
     """Prompt and response of each side, as the loop counts them."""
-    return sum(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in sides) / steps
+    return (
+        sum(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in sides)
+        / steps
+    )
 
 
 class Prompts:
@@ -99,20 +129,29 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 
-def ours(found: Found, profile: Profile, method: str, device: str, model, rows: dict[str, list[dict]]) -> None:
+def ours(
+    found: Found, profile: Profile, method: str, device: str, model, rows: dict[str, list[dict]]
+) -> None:
     """Steps of the course's loop, and one of its evaluations."""
     recipe = replace(profile.recipes[method], path=found.path)
     held_out = random_rows([full_length(profile)] * profile.eval_batch, model.config.vocab_size)
     lab = SimpleNamespace(
-        profile=profile, tokenizer=Prompts(full_length(profile)[0]), seed=0, test_pairs=held_out,
-        prompts=[""] * 10**3, data=SimpleNamespace(world=None), folder=None,
-    )  # fmt: skip
+        profile=profile,
+        tokenizer=Prompts(full_length(profile)[0]),
+        seed=0,
+        test_pairs=held_out,
+        prompts=[""] * 10**3,
+        data=SimpleNamespace(world=None),
+        folder=None,
+    )
     trainer = Trainer(lab, method, recipe, rows["full"], held_out, None)
     with phase(found, "preparation", device):
         needs_copy = method == "dpo" and not profile.lora
         trainer.build(model, frozen_copy(model) if needs_copy else None)
     found.path = trainer.path
-    with phase(found, "first step", device):  # in which operations are counted, by the simple path too
+    with phase(
+        found, "first step", device
+    ):  # in which operations are counted, by the simple path too
         trainer.step()
     for kind, each in rows.items():
         trainer.rows, found.seconds[kind] = each, []
@@ -143,20 +182,32 @@ class Watch(TrainerCallback):
         self.ends.append(clock(self.device))
 
 
-def trl(found: Found, profile: Profile, method: str, device: str, model, rows: dict[str, list[dict]]) -> None:
+def trl(
+    found: Found, profile: Profile, method: str, device: str, model, rows: dict[str, list[dict]]
+) -> None:
     """Steps of TRL's trainer with the settings of the recipe."""
     import datasets
 
     recipe, dtype = profile.recipes[method], device_and_precision()[1]
     paged = profile.optimizer == "paged_adamw_8bit" and device == "cuda"
     settings = {
-        "max_length": profile.max_length, "bf16": dtype == "bfloat16", "fp16": dtype == "float16",
-        "gradient_checkpointing": profile.gradient_checkpointing, "learning_rate": recipe.lr,
-        "per_device_train_batch_size": recipe.micro_batch, "max_steps": REPEATS + 1,
-        "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch, "max_grad_norm": recipe.clip,
-        "optim": "paged_adamw_8bit" if paged else "adamw_torch_fused" if device == "cuda" else "adamw_torch",
-        "save_strategy": "no", "logging_strategy": "no",
-    }  # fmt: skip
+        "max_length": profile.max_length,
+        "bf16": dtype == "bfloat16",
+        "fp16": dtype == "float16",
+        "gradient_checkpointing": profile.gradient_checkpointing,
+        "learning_rate": recipe.lr,
+        "per_device_train_batch_size": recipe.micro_batch,
+        "max_steps": REPEATS + 1,
+        "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch,
+        "max_grad_norm": recipe.clip,
+        "optim": "paged_adamw_8bit"
+        if paged
+        else "adamw_torch_fused"
+        if device == "cuda"
+        else "adamw_torch",
+        "save_strategy": "no",
+        "logging_strategy": "no",
+    }
     if method != "sft":
         settings["beta"] = recipe.lambda_or if method == "orpo" else recipe.beta
     if settings["gradient_checkpointing"]:
@@ -175,7 +226,9 @@ def trl(found: Found, profile: Profile, method: str, device: str, model, rows: d
         with phase(found, f"steps, {kind}", device):
             trainer.train()
         trainer.remove_callback(watch)
-        found.seconds[kind] = [end - start for start, end in zip(watch.ends, watch.ends[1:], strict=False)]
+        found.seconds[kind] = [
+            end - start for start, end in zip(watch.ends, watch.ends[1:], strict=False)
+        ]
         found.tokens[kind] = tokens_per_step(each, sides, REPEATS + 1)
     found.paged = paged_bytes(trainer.optimizer)
 
@@ -203,7 +256,9 @@ class phase(Peak):
 
 
 def measure(task: dict) -> dict:
-    """Args: `task`: profile, method, path (one of PATHS), quick, cap_bytes. Returns: `Found` as a dict."""
+    """Args: `task`: profile, method, path (one of PATHS), quick, cap_bytes. Returns: `Found` as a
+    dict.
+    """
     device, found = device_and_precision()[0], Found(task["path"])
     if device == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory

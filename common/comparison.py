@@ -1,7 +1,9 @@
-"""Methods side by side on equal terms: one base, one tokenizer, the same pairs and epochs, several seeds.
+"""Methods side by side on equal terms: one base, one tokenizer, the same pairs and epochs, several
+seeds.
 
-An arm is a kind of training data with the stages that are trained on it. Every (seed, arm) is trained and measured on
-its own, so that several can run at once in processes of their own, and what is finished is kept.
+An arm is a kind of training data with the stages that are trained on it. Every (seed, arm) is
+trained and measured on its own, so that several can run at once in processes of their own, and what
+is finished is kept.
 """
 
 import inspect
@@ -24,9 +26,11 @@ from tqdm import tqdm
 from common import models
 from common.data import load_pairs
 from common.evaluation import evaluation_report, measure, summarise_seeds
+from common.io.files import write_json
+from common.io.fingerprints import digest
 from common.judges import Judge, RewardJudge, RuleJudge, head_to_head
+from common.lab import BrokenLineage, Lab, stage_of
 from common.profiles import Profile
-from common.runs import BrokenLineage, Lab, digest, stage_of, write_json
 from common.toyworld import World
 from common.training import Run, train
 
@@ -36,7 +40,8 @@ CONTRAST = ("sft", "orpo_lambda0", "dpo", "orpo")  # of an arm with other pairs
 
 @dataclass(frozen=True)
 class Arm:
-    """Training pairs and the stages trained on them. `world`: settings of `World.pairs`; () the profile's own pairs.
+    """Training pairs and the stages trained on them. `world`: settings of `World.pairs`; () the
+    profile's own pairs.
 
     `changes`: Recipe fields that differ, as ((stage, (field, value)), …).
     """
@@ -53,15 +58,20 @@ class Arm:
 
 
 DEFAULT = Arm("default", STAGES)
-DEFAULT_RATE = inspect.signature(World.pairs).parameters["flaw_rate"].default  # of a profile's own pairs
+DEFAULT_RATE = (
+    inspect.signature(World.pairs).parameters["flaw_rate"].default
+)  # of a profile's own pairs
 
 
 def flaw_rate_arms(profile: Profile) -> dict[float | str, Arm]:
-    """The flaw-rate experiment, {rate: arm}, and under "tiers" the pairs whose two answers are of independent quality.
+    """The flaw-rate experiment, {rate: arm}, and under "tiers" the pairs whose two answers are of
+    independent quality.
 
     At the rate of the profile's own pairs the main comparison serves: nothing is trained twice.
     """
-    arms = {rate: Arm(f"flaw-{rate:g}", CONTRAST, (("flaw_rate", rate),)) for rate in profile.flaw_rates}
+    arms = {
+        rate: Arm(f"flaw-{rate:g}", CONTRAST, (("flaw_rate", rate),)) for rate in profile.flaw_rates
+    }
     if DEFAULT_RATE in arms:
         arms[DEFAULT_RATE] = DEFAULT
     return {**arms, "tiers": Arm("tiers", CONTRAST, (("style", "tiers"),))} if arms else {}
@@ -71,7 +81,9 @@ def judge_of(lab: Lab) -> Judge:
     """The world's rule, or a reward model trained on the pairs where there is none."""
     if lab.data.world:
         return RuleJudge(lab.data.world)
-    return RewardJudge(train(lab, "reward").model, lab.tokenizer, lab.test_pairs, lab.profile.eval_batch)
+    return RewardJudge(
+        train(lab, "reward").model, lab.tokenizer, lab.test_pairs, lab.profile.eval_batch
+    )
 
 
 def ready(lab: Lab) -> None:
@@ -82,13 +94,23 @@ def ready(lab: Lab) -> None:
 
 
 def train_arm(lab: Lab, arm: Arm) -> dict[str, Run]:
-    """The stages of an arm, trained or reused. Needs base and SFT. Raises: MissingRun, BrokenLineage."""
-    pairs = load_pairs(lab.data.world.pairs(lab.profile.pairs, **dict(arm.world)))[0] if arm.world else None
+    """The stages of an arm, trained or reused. Needs base and SFT. Raises: MissingRun,
+    BrokenLineage.
+    """
+    pairs = (
+        load_pairs(lab.data.world.pairs(lab.profile.pairs, **dict(arm.world)))[0]
+        if arm.world
+        else None
+    )
     runs = {}
     for stage in arm.stages:
-        changes, sweep = dict(change for name, change in arm.changes if name == stage), arm.run_of(stage)
+        changes, sweep = (
+            dict(change for name, change in arm.changes if name == stage),
+            arm.run_of(stage),
+        )
         own = {"pairs": pairs} if stage_of(stage).rows == "pairs" else {}
-        # A run of an arm is only measured at its end: held-out measures along the way would cost as much again.
+        # A run of an arm is only measured at its end: held-out measures along the way would cost as
+        # much again.
         quiet = {"evaluations": 1} if sweep else {}
         runs[stage] = train(lab, stage, sweep=sweep, **own, **{**quiet, **changes})
     check_comparable(lab, {stage: arm.run_of(stage) for stage in arm.stages})
@@ -98,8 +120,9 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, Run]:
 def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
     """Are these runs, {stage: its sweep or None}, of one base, one tokenizer and one set of pairs?
 
-    Raises: MissingRun for a run that is not there; BrokenLineage, naming the odd one out, for a run of another base,
-        other pairs or another tokenizer, or one whose parent was trained again since.
+    Raises: MissingRun for a run that is not there; BrokenLineage, naming the odd one out, for a run
+        of another base, other pairs or another tokenizer, or one whose parent was trained again
+        since.
     """
     roots, found = {}, {"tokenizer": {}, "pairs": {}}
     for stage, sweep in runs.items():
@@ -115,27 +138,42 @@ def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
         expected = wanted.get(what) or Counter(values.values()).most_common(1)[0][0]
         odd = [stage for stage, value in values.items() if value != expected]
         if odd:
-            told = "other pairs than the rest" if what == "pairs" else f"another {what} than is here"
-            again = [lab.train_command(stage) for stage in odd if not runs[stage]] or ["the cell that made it"]
+            told = (
+                "other pairs than the rest" if what == "pairs" else f"another {what} than is here"
+            )
+            again = [lab.train_command(stage) for stage in odd if not runs[stage]] or [
+                "the cell that made it"
+            ]
             raise BrokenLineage(
                 f"{', '.join(odd)}: trained with {told}; no fair comparison. Train again: {'; '.join(again)}"
             )
 
 
 def measure_runs(lab: Lab, runs: dict[str, Run], judge: Judge) -> dict:
-    """`evaluation_report` of one seed: every shared measure, and the win rate of every pair of stages."""
+    """`evaluation_report` of one seed: every shared measure, and the win rate of every pair of
+    stages.
+    """
     measures, answers = {}, {}
     for stage, run in runs.items():
         measures[stage], answers[stage] = measure(lab, run.model, runs["sft"].model)
-    rates = {f"{a}_vs_{b}": head_to_head(judge, answers[a], answers[b]) for b, a in combinations(runs, 2)}
+    rates = {
+        f"{a}_vs_{b}": head_to_head(judge, answers[a], answers[b]) for b, a in combinations(runs, 2)
+    }
     report = evaluation_report(measures, rates, {stage: run.record for stage, run in runs.items()})
-    return report | {"seed": lab.seed, "prompts": len(lab.prompts), "samples": lab.profile.samples, "judge": judge.name}
+    return report | {
+        "seed": lab.seed,
+        "prompts": len(lab.prompts),
+        "samples": lab.profile.samples,
+        "judge": judge.name,
+    }
 
 
 def run_arm(profile: Profile, seed: int, arm: Arm) -> dict:
-    """Trains and measures one arm of one seed, or returns its report of before if nothing changed since.
+    """Trains and measures one arm of one seed, or returns its report of before if nothing changed
+    since.
 
-    Args: `profile`: as `get_profile` gave it. Returns: the report of `measure_runs`, kept in `<run folder>/arms/`.
+    Args: `profile`: as `get_profile` gave it. Returns: the report of `measure_runs`, kept in `<run
+        folder>/arms/`.
     """
     lab = Lab(profile, seed)
     ready(lab)
@@ -173,19 +211,28 @@ def _run_in_turn(profile: Profile, seed: int, arms: list[Arm]) -> list[dict]:
 
 
 def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[str, list[dict]]:
-    """Every arm for every seed, {arm: one report per seed}; tiny models side by side, one process to a core.
+    """Every arm for every seed, {arm: one report per seed}; tiny models side by side, one process
+    to a core.
 
-    Args: `seeds`: default the lab's own and the next ones, `profile.seeds` in all. Shows progress; what is finished
-        is kept, so an interrupted experiment goes on where it stopped.
+    Args: `seeds`: default the lab's own and the next ones, `profile.seeds` in all. Shows progress;
+        what is finished is kept, so an interrupted experiment goes on where it stopped.
     """
     seeds = [lab.seed + k for k in range(lab.profile.seeds)] if seeds is None else seeds
-    # Arms that train a stage under its own name share its folder: of one seed they run in turn, and first, being long.
-    sharing = [arm for arm in arms if any(arm.run_of(stage) is None for stage in arm.stages if stage != "sft")]
+    # Arms that train a stage under its own name share its folder: of one seed they run in turn, and
+    # first, being long.
+    sharing = [
+        arm
+        for arm in arms
+        if any(arm.run_of(stage) is None for stage in arm.stages if stage != "sft")
+    ]
     jobs = [(seed, sharing) for seed in seeds if sharing]
     jobs += [(seed, [arm]) for arm in arms if arm not in sharing for seed in seeds]
     reports: dict[str, dict[int, dict]] = {arm.name: {} for arm in arms}
     workers = min(os.cpu_count() or 1, 4, len(jobs)) if device_is_shared(lab.profile) else 1
-    bar = tqdm(total=len(seeds) * len(arms), desc=f"{len(arms)} arms × {len(seeds)} seeds, {workers} at once")
+    bar = tqdm(
+        total=len(seeds) * len(arms),
+        desc=f"{len(arms)} arms × {len(seeds)} seeds, {workers} at once",
+    )
 
     def keep(seed: int, arms: list[Arm], found: list[dict]) -> None:
         for arm, report in zip(arms, found, strict=True):
@@ -198,20 +245,27 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
     else:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             try:
-                for future in [pool.submit(_in_worker, ready, Lab(lab.profile, seed)) for seed in seeds]:
+                for future in [
+                    pool.submit(_in_worker, ready, Lab(lab.profile, seed)) for seed in seeds
+                ]:
                     future.result()  # an error of a worker is raised here, whole
-                waiting = {pool.submit(_in_worker, _run_in_turn, lab.profile, *job): job for job in jobs}
+                waiting = {
+                    pool.submit(_in_worker, _run_in_turn, lab.profile, *job): job for job in jobs
+                }
                 for future in as_completed(waiting):
                     keep(*waiting[future], future.result())
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # what runs now ends first: two must never write one folder
+                pool.shutdown(
+                    cancel_futures=True
+                )  # what runs now ends first: two must never write one folder
                 raise
     bar.close()
     return {name: [found[seed] for seed in seeds] for name, found in reports.items()}
 
 
 def over_seeds(reports: list[dict]) -> dict:
-    """`summarise_seeds`, and for each win rate `seed_ci95`: the 95 % interval of its mean over seeds (Student's t).
+    """`summarise_seeds`, and for each win rate `seed_ci95`: the 95 % interval of its mean over
+    seeds (Student's t).
 
     Where there is one seed it is None: nothing is known about another one.
     """
@@ -230,7 +284,8 @@ def seed_interval(values: list[float]) -> list[float] | None:
 
 
 def sign_change(places: list[float], rates: list[float]) -> float | None:
-    """Where a win rate first crosses one half on its way up, read off between two places by a straight line.
+    """Where a win rate first crosses one half on its way up, read off between two places by a
+    straight line.
 
     Returns: None where it never does, be it always above or never.
     """

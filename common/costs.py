@@ -1,7 +1,9 @@
-"""What a training step costs: FLOPs by formula, to set beside the counted ones, and memory, measured.
+"""What a training step costs: FLOPs by formula, to set beside the counted ones, and memory,
+measured.
 
-Memory is measured in a process of its own, since what one method leaves behind would be counted to the next:
-`python -m common.costs dpo --lora` trains a GPT-2 with random weights for a few steps and prints what it took as JSON.
+Memory is measured in a process of its own, since what one method leaves behind would be counted to
+the next: `python -m common.costs dpo --lora` trains a GPT-2 with random weights for a few steps and
+prints what it took as JSON.
 """
 
 import argparse
@@ -39,32 +41,39 @@ FIRST = {"dpo_cached": 2}  # forward passes per pair before training, once: the 
 def pass_units(method: str, lora: bool = False) -> float:
     """Cost of a method per pair and epoch, in forward passes over one answer.
 
-    A backward pass costs two forward passes: one for the gradients of the weights, one for those of the inputs.
-    Under LoRA the frozen weights need no gradients, and almost only the second is left.
+    A backward pass costs two forward passes: one for the gradients of the weights, one for those of
+    the inputs. Under LoRA the frozen weights need no gradients, and almost only the second is left.
     """
     forward, backward = PASSES[method]
     return forward + backward * (1 if lora else 2)
 
 
 def pass_cost(epochs: dict[str, float], lora: bool = False) -> float:
-    """Forward passes per pair of some stages together, {method: epochs}, what is done once included.
+    """Forward passes per pair of some stages together, {method: epochs}, what is done once
+    included.
 
-    The usual claim, ORPO over SFT and DPO at equal epochs: `pass_cost({"orpo": 1}) / pass_cost({"sft": 1, "dpo": 1})`,
-    which is 6 / (3 + 8).
+    The usual claim, ORPO over SFT and DPO at equal epochs: `pass_cost({"orpo": 1}) /
+    pass_cost({"sft": 1, "dpo": 1})`, which is 6 / (3 + 8).
     """
-    return sum(pass_units(method, lora) * times + FIRST.get(method, 0) for method, times in epochs.items())
+    return sum(
+        pass_units(method, lora) * times + FIRST.get(method, 0) for method, times in epochs.items()
+    )
 
 
 def formula_flops(model, method: str, padded_tokens: float, scored_tokens: float) -> float:
     """Floating-point operations of training by formula: 2 per weight and token forward, 4 backward.
 
-    Args: `padded_tokens`: as the model sees them, both answers, over all steps (`run.json`); `scored_tokens`: those
-        whose prediction the output head computes. `method`: as in PASSES. Attention's own products are left out.
-    Source: Kaplan et al. 2020 (arXiv 2001.08361), Sec. 2.1; the head counted apart, since it sees fewer tokens.
+    Args: `padded_tokens`: as the model sees them, both answers, over all steps (`run.json`);
+        `scored_tokens`: those whose prediction the output head computes. `method`: as in PASSES.
+        Attention's own products are left out.
+    Source: Kaplan et al. 2020 (arXiv 2001.08361), Sec. 2.1; the head counted apart, since it sees
+        fewer tokens.
     """
     head = model.get_output_embeddings()
     inner = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    per_pass = sum(m.weight.numel() for m in inner) * padded_tokens + head.weight.numel() * scored_tokens
+    per_pass = (
+        sum(m.weight.numel() for m in inner) * padded_tokens + head.weight.numel() * scored_tokens
+    )
     answers = PASSES[method][1]  # answers per pair that the policy learns from
     return 2 * per_pass * pass_units(method) / answers
 
@@ -74,7 +83,9 @@ def _resident() -> int:
 
 
 class PeakMemory:
-    """The peak of memory while a block runs: of the GPU, else this process's resident set, sampled every 2 ms."""
+    """The peak of memory while a block runs: of the GPU, else this process's resident set, sampled
+    every 2 ms.
+    """
 
     def __enter__(self) -> "PeakMemory":
         self.peak, self.running = 0, True
@@ -99,7 +110,9 @@ class PeakMemory:
 
 
 def give_back() -> None:
-    """Returns freed memory to the system, as far as the C library can: building the model must not be counted."""
+    """Returns freed memory to the system, as far as the C library can: building the model must not
+    be counted.
+    """
     gc.collect()
     with contextlib.suppress(OSError, AttributeError):  # glibc only
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -117,22 +130,34 @@ def _ragged_rows(pairs: int, length: int, vocabulary: int) -> list[dict]:
         return torch.randint(vocabulary, (count,), generator=generator).tolist()
 
     third = length // 3
-    sizes = [int(torch.randint(third, length - third + 1, (1,), generator=generator)) for _ in range(2 * pairs)]
+    sizes = [
+        int(torch.randint(third, length - third + 1, (1,), generator=generator))
+        for _ in range(2 * pairs)
+    ]
     sizes[0] = length - third  # one row fills the length
     return [
-        {"prompt_ids": ids(third), "chosen_ids": ids(sizes[2 * i]), "rejected_ids": ids(sizes[2 * i + 1])}
+        {
+            "prompt_ids": ids(third),
+            "chosen_ids": ids(sizes[2 * i]),
+            "rejected_ids": ids(sizes[2 * i + 1]),
+        }
         for i in range(pairs)
     ]
 
 
-def measure_method(method: str, lora: bool, pairs: int, length: int, layers: int, width: int, steps: int) -> dict:
+def measure_method(
+    method: str, lora: bool, pairs: int, length: int, layers: int, width: int, steps: int
+) -> dict:
     """Trains a GPT-2 with random weights for a few steps on random pairs, in this process.
 
-    Args: `method`: a key of PASSES. Returns: bytes of the weights, the frozen reference, gradients and optimiser state;
-        the peak over what the process held before; `rest_bytes`, the peak less those parts: activations, logits and
-        scratch memory; seconds per step (median without the first).
+    Args: `method`: a key of PASSES. Returns: bytes of the weights, the frozen reference, gradients
+        and optimiser state; the peak over what the process held before; `rest_bytes`, the peak less
+        those parts: activations, logits and scratch memory; seconds per step (median without the
+        first).
     """
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=width // 64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     config = with_fused_gelu(config)  # as `load_model` does
     device = "cuda" if torch.cuda.is_available() else "cpu"
     before = 0 if device == "cuda" else _resident()
@@ -164,33 +189,57 @@ def measure_method(method: str, lora: bool, pairs: int, length: int, layers: int
                     else:
                         with model.disable_adapter():
                             known = response_logps(model, batch)
-            loss, _ = losses.objective(kind, recipe, response_logps(model, batch), known, pairs, tokens)
+            loss, _ = losses.objective(
+                kind, recipe, response_logps(model, batch), known, pairs, tokens
+            )
             loss.backward()
             optimizer.step()
             seconds.append(time.perf_counter() - start)
             gradients = bytes_of(p.grad for p in learned)
             optimizer.zero_grad()
-    state = [value for entry in optimizer.state.values() for value in entry.values() if torch.is_tensor(value)]
+    state = [
+        value
+        for entry in optimizer.state.values()
+        for value in entry.values()
+        if torch.is_tensor(value)
+    ]
     parts = {
-        "weights_bytes": bytes_of(model.parameters()), "gradient_bytes": gradients, "optimizer_bytes": bytes_of(state),
+        "weights_bytes": bytes_of(model.parameters()),
+        "gradient_bytes": gradients,
+        "optimizer_bytes": bytes_of(state),
         "reference_bytes": bytes_of(reference.parameters()) if reference is not None else 0,
-    }  # fmt: skip
+    }
     peak = memory.peak - before
     return {
-        "method": method, "lora": lora, "device": device, "pairs": pairs, "length": length, "layers": layers,
-        "width": width, "parameters": model.num_parameters(), "model_copies": 1 + (reference is not None), **parts,
-        "peak_bytes": peak, "rest_bytes": peak - sum(parts.values()),
+        "method": method,
+        "lora": lora,
+        "device": device,
+        "pairs": pairs,
+        "length": length,
+        "layers": layers,
+        "width": width,
+        "parameters": model.num_parameters(),
+        "model_copies": 1 + (reference is not None),
+        **parts,
+        "peak_bytes": peak,
+        "rest_bytes": peak - sum(parts.values()),
         "step_seconds": statistics.median(seconds[1:] or seconds),
-    }  # fmt: skip
+    }
 
 
 def measure_memory(
-    methods: list[tuple[str, bool]], pairs: int = 2, length: int = 128, layers: int = 12, width: int = 768,
-    steps: int = 3, progress: Callable = lambda jobs: jobs,
-) -> list[dict]:  # fmt: skip
+    methods: list[tuple[str, bool]],
+    pairs: int = 2,
+    length: int = 128,
+    layers: int = 12,
+    width: int = 768,
+    steps: int = 3,
+    progress: Callable = lambda jobs: jobs,
+) -> list[dict]:
     """`measure_method` for each (method, lora), each in a process of its own, one after the other.
 
-    Raises: RuntimeError with the child's last words if it fails, which for want of memory may be nothing at all.
+    Raises: RuntimeError with the child's last words if it fails, which for want of memory may be
+        nothing at all.
     """
     results = []
     for method, lora in progress(methods):
@@ -199,22 +248,35 @@ def measure_memory(
         command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
         root = Path(__file__).resolve().parents[1]
         path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path})
+        done = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+        )
         if done.returncode:
-            words = done.stderr.strip().splitlines()[-1:] or ["it said nothing: perhaps memory ran out"]
-            raise RuntimeError(f"Measuring {method}, LoRA {lora}, ended with {done.returncode}: {words[0]}")
+            words = done.stderr.strip().splitlines()[-1:] or [
+                "it said nothing: perhaps memory ran out"
+            ]
+            raise RuntimeError(
+                f"Measuring {method}, LoRA {lora}, ended with {done.returncode}: {words[0]}"
+            )
         results.append(json.loads(done.stdout.splitlines()[-1]))
     return results
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m common.costs", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m common.costs", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("method", choices=PASSES, help="what to train with")
-    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16 instead of all weights")
+    parser.add_argument(
+        "--lora", action="store_true", help="train adapters of rank 16 instead of all weights"
+    )
     for name, value, text in (
-        ("pairs", 2, "pairs in a batch"), ("length", 128, "tokens of the longest row"), ("layers", 12, "of the model"),
-        ("width", 768, "of the model, a multiple of 64"), ("steps", 3, "optimiser steps, at least 1"),
-    ):  # fmt: skip
+        ("pairs", 2, "pairs in a batch"),
+        ("length", 128, "tokens of the longest row"),
+        ("layers", 12, "of the model"),
+        ("width", 768, "of the model, a multiple of 64"),
+        ("steps", 3, "optimiser steps, at least 1"),
+    ):
         parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
     options = parser.parse_args(arguments)
     print(json.dumps(measure_method(**vars(options))))

@@ -1,6 +1,7 @@
 """Is this machine ready for the labs? `python -m common.environment` says so, one line per check.
 
-A line is OK, NOTE (good to know) or FIX (after the colon: what to do). With a FIX the exit status is 1.
+A line is OK, NOTE (good to know) or FIX (after the colon: what to do). With a FIX the exit status
+is 1.
 """
 
 import re
@@ -14,21 +15,36 @@ from common import profiles
 
 Line = tuple[str, str]
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-# GB: memory, disk (estimates). All notebooks leave some 30 models: 0.5 GB each for GPT-2, 2 GB for Qwen2.5-0.5B in
-# float32. A 7B model takes 14.5 GB in 16 bit: once in memory while an adapter is merged, on disk the hub's and those of
-# seven stages; the sweeps leave adapters.
-ROOM = {"smoke": (2, 1), "cpu": (3, 2), "gpt2": (7, 15), "qwen-0.5b": (9, 70), "qlora-7b": (20, 130)}
+# GB: memory, disk (estimates). All notebooks leave some 30 models: 0.5 GB each for GPT-2, 2 GB for
+# Qwen2.5-0.5B in float32. A 7B model takes 14.5 GB in 16 bit: once in memory while an adapter is
+# merged, on disk the hub's and those of seven stages; the sweeps leave adapters.
+ROOM = {
+    "smoke": (2, 1),
+    "cpu": (3, 2),
+    "gpt2": (7, 15),
+    "qwen-0.5b": (9, 70),
+    "qlora-7b": (20, 130),
+}
 
 
 def python_lines(version: tuple[int, ...] = sys.version_info[:3]) -> list[Line]:
-    text, remedy = "Python " + ".".join(map(str, version)), "install Python 3.11 or newer, make .venv anew"
+    text, remedy = (
+        "Python " + ".".join(map(str, version)),
+        "install Python 3.11 or newer, make .venv anew",
+    )
     return [("OK", text) if version >= (3, 11) else ("FIX", f"{text}: {remedy}")]
 
 
 def read_pins(path: Path = REQUIREMENTS) -> dict[str, str]:
     """Package name → pinned version, from requirements.txt or else from the installed `common`."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else metadata.requires("common")
-    found = [re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines or [] if "extra ==" not in line]
+    lines = (
+        path.read_text(encoding="utf-8").splitlines()
+        if path.exists()
+        else metadata.requires("common")
+    )
+    found = [
+        re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines or [] if "extra ==" not in line
+    ]
     return {match[1]: match[2] for match in found if match}
 
 
@@ -41,7 +57,9 @@ def installed(name: str) -> str | None:
 
 def package_lines(pins: dict[str, str]) -> list[Line]:
     """Every pinned package against what is installed, and the course's own package."""
-    lines = [] if pins else [("FIX", "no pinned versions found: run this in the repository's folder")]
+    lines = (
+        [] if pins else [("FIX", "no pinned versions found: run this in the repository's folder")]
+    )
     for name, pin in pins.items():
         version = installed(name)
         text = f"{name} {version}" if version else f"{name} is not installed"
@@ -60,17 +78,23 @@ def nvidia_gpus() -> list[str]:
         if answer.returncode == 0:
             return answer.stdout.strip().splitlines()
     folder = Path("/proc/driver/nvidia/gpus")
-    return [f"NVIDIA GPU at {gpu.name}" for gpu in sorted(folder.iterdir())] if folder.is_dir() else []
+    return (
+        [f"NVIDIA GPU at {gpu.name}" for gpu in sorted(folder.iterdir())] if folder.is_dir() else []
+    )
 
 
 def cuda_package_bytes() -> int:
     """Disk space of the CUDA packages that pip installs beside a CUDA build of torch."""
-    packages = [dist for dist in metadata.distributions() if re.match(r"nvidia-|triton$", dist.name or "")]
+    packages = [
+        dist for dist in metadata.distributions() if re.match(r"nvidia-|triton$", dist.name or "")
+    ]
     return sum(file.size or 0 for dist in packages for file in dist.files or [])
 
 
 def torch_lines(gpus: list[str], cuda: str | None, usable: bool, cuda_bytes: int) -> list[Line]:
-    """Does torch fit the machine? `cuda` is torch.version.cuda, `usable` is torch.cuda.is_available()."""
+    """Does torch fit the machine? `cuda` is torch.version.cuda, `usable` is
+    torch.cuda.is_available().
+    """
     here = ", ".join(gpus) or ("a GPU that torch can use" if usable else "no NVIDIA GPU")
     build = "build of the same torch version; 'Get started' on the PyTorch site gives the command"
     if gpus and not cuda:
@@ -90,16 +114,26 @@ def profile_lines(profile: profiles.Profile, device: str, dtype: str, why: str) 
     elif device == "cpu" and profile.name not in ("smoke", "cpu"):
         lines.append(("NOTE", f"profile {profile.name} is made for a GPU and slow without one"))
     folder = profile.folder
-    if folder.is_relative_to(profiles.ROOT):  # inside the repository: the same line on every machine
+    if folder.is_relative_to(
+        profiles.ROOT
+    ):  # inside the repository: the same line on every machine
         folder = folder.relative_to(profiles.ROOT)
-    return [*lines, ("OK", f"profile {profile.name} ({profile.reason}); its runs go to {folder.as_posix()}")]
+    return [
+        *lines,
+        ("OK", f"profile {profile.name} ({profile.reason}); its runs go to {folder.as_posix()}"),
+    ]
 
 
 def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) -> list[Line]:
     lines, (memory, disk) = [], ROOM[profile.name]
     for what, has, needs, remedy in (
         ("memory", memory_bytes / 1e9, memory, "choose a smaller LAB_PROFILE"),
-        ("free disk", free_bytes / 1e9, disk, "free some, or set LAB_RUNS to a folder on a larger disk"),
+        (
+            "free disk",
+            free_bytes / 1e9,
+            disk,
+            "free some, or set LAB_RUNS to a folder on a larger disk",
+        ),
     ):
         text = f"{has:.1f} GB of {what}; profile {profile.name} asks for {needs} GB"
         lines.append(("OK", text) if has >= needs else ("FIX", f"{text}: {remedy}"))
@@ -113,12 +147,17 @@ def all_lines() -> list[Line]:
         import torch
 
         profile = profiles.get_profile()
-    except (ImportError, OSError) as error:  # OSError: torch is there, but a library that it loads is not
+    except (
+        ImportError,
+        OSError,
+    ) as error:  # OSError: torch is there, but a library that it loads is not
         return [*lines, ("FIX", f"{error}: install what is named above, then check again")]
     except ValueError as error:
         return [*lines, ("FIX", f"{error} The profile is unknown: correct or unset LAB_PROFILE")]
     place = next(place for place in (profile.folder.absolute() / "sft").parents if place.exists())
-    lines += torch_lines(nvidia_gpus(), torch.version.cuda, torch.cuda.is_available(), cuda_package_bytes())
+    lines += torch_lines(
+        nvidia_gpus(), torch.version.cuda, torch.cuda.is_available(), cuda_package_bytes()
+    )
     lines += profile_lines(profile, *profiles.device_and_precision())
     return lines + room_lines(profile, psutil.virtual_memory().total, shutil.disk_usage(place).free)
 

@@ -31,7 +31,10 @@ class RuleJudge:
 
     def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
         judge = self.world.judge
-        return [int(np.sign(judge(prompt, a).score - judge(prompt, b).score)) for prompt, a, b in questions]
+        return [
+            int(np.sign(judge(prompt, a).score - judge(prompt, b).score))
+            for prompt, a, b in questions
+        ]
 
 
 def rewards(model, batch: dict[str, Tensor], side: str) -> Tensor:
@@ -39,16 +42,26 @@ def rewards(model, batch: dict[str, Tensor], side: str) -> Tensor:
 
     Source: Ouyang et al. 2022 (arXiv 2203.02155), Sec. 3.5.
     """
-    parts = batch["prompt_ids"], batch["prompt_lengths"], batch[f"{side}_ids"], batch[f"{side}_lengths"]
-    rows = [torch.cat([prompt[:start], ids[:end]]) for prompt, start, ids, end in zip(*parts, strict=True)]
+    parts = (
+        batch["prompt_ids"],
+        batch["prompt_lengths"],
+        batch[f"{side}_ids"],
+        batch[f"{side}_lengths"],
+    )
+    rows = [
+        torch.cat([prompt[:start], ids[:end]])
+        for prompt, start, ids, end in zip(*parts, strict=True)
+    ]
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     ends = batch["prompt_lengths"] + batch[f"{side}_lengths"]
     mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends[:, None]
     at = torch.arange(len(ends), device=ends.device), ends - 1
-    # The library looks for the last token by the pad id, which may be EOS. The lengths are known: hand its head the
-    # right hidden state at every position, and its choice no longer matters.
+    # The library looks for the last token by the pad id, which may be EOS. The lengths are known:
+    # hand its head the right hidden state at every position, and its choice no longer matters.
     head = getattr(model, "module", model).score
-    hook = head.register_forward_pre_hook(lambda _, inputs: (inputs[0][at][:, None].expand_as(inputs[0]),))
+    hook = head.register_forward_pre_hook(
+        lambda _, inputs: (inputs[0][at][:, None].expand_as(inputs[0]),)
+    )
     try:
         logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
     finally:
@@ -60,22 +73,34 @@ def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict
     """Loss and metrics of a reward model on a micro-batch, scaled as in `losses.objective`."""
     chosen, rejected = rewards(model, batch, "chosen"), rewards(model, batch, "rejected")
     margin = (chosen - rejected).detach()
-    metrics = {"margin": margin.sum() / pairs, "accuracy": share_positive(margin) * len(margin) / pairs}
+    metrics = {
+        "margin": margin.sum() / pairs,
+        "accuracy": share_positive(margin) * len(margin) / pairs,
+    }
     return bradley_terry_loss(chosen, rejected).sum() / pairs, metrics
 
 
 class RewardJudge:
-    """A reward model trained on the training pairs: the higher reward wins. It judges where no rule exists."""
+    """A reward model trained on the training pairs: the higher reward wins. It judges where no rule
+    exists.
+    """
 
     def __init__(self, model, tokenizer, held_out_pairs, batch_size: int = 64):
-        self.model, self.tokenizer, self.known = model.eval(), tokenizer, {}  # known: (prompt, answer) → reward
+        self.model, self.tokenizer, self.known = (
+            model.eval(),
+            tokenizer,
+            {},
+        )  # known: (prompt, answer) → reward
         self.batch_size = batch_size
         self.held_out_accuracy = self._accuracy(list(held_out_pairs))
         self.name = f"a reward model (right on {self.held_out_accuracy:.0%} of {len(held_out_pairs)} held-out pairs)"
 
     def _scores(self, rows: list[dict], side: str) -> Tensor:
         pad, size = self.tokenizer.pad_token_id, self.batch_size
-        batches = (collate(rows[start : start + size], pad, self.model.device) for start in range(0, len(rows), size))
+        batches = (
+            collate(rows[start : start + size], pad, self.model.device)
+            for start in range(0, len(rows), size)
+        )
         with torch.no_grad():
             return torch.cat([rewards(self.model, batch, side).cpu() for batch in batches])
 
@@ -87,19 +112,26 @@ class RewardJudge:
         new = list(dict.fromkeys(text for pair in pairs for text in pair if text not in self.known))
         if new:  # each answer is scored once, however often it is compared
             limit = getattr(self.model.config, "max_position_embeddings", None) or 10**9
-            parts = [tokenize_response(prompt, answer, self.tokenizer, limit) for prompt, answer in new]
+            parts = [
+                tokenize_response(prompt, answer, self.tokenizer, limit) for prompt, answer in new
+            ]
             rows = [{"prompt_ids": prompt, "chosen_ids": answer} for prompt, answer, _ in parts]
             self.known.update(zip(new, self._scores(rows, "chosen").tolist(), strict=True))
         return [int(np.sign(self.known[first] - self.known[second])) for first, second in pairs]
 
 
 def compare(judge: Judge, first: list[list[Answer]], second: list[list[Answer]]) -> list[list[int]]:
-    """Verdicts on the answers of two models to the same prompts, (prompts, samples): 1 where `first` wins.
+    """Verdicts on the answers of two models to the same prompts, (prompts, samples): 1 where
+    `first` wins.
 
     Each pair is shown in both orders; where the judge changes its mind with the order, it is a tie.
     Raises: ValueError if the prompts differ.
     """
-    pairs = [(a, b) for group, other in zip(first, second, strict=True) for a, b in zip(group, other, strict=True)]
+    pairs = [
+        (a, b)
+        for group, other in zip(first, second, strict=True)
+        for a, b in zip(group, other, strict=True)
+    ]
     if any(a.prompt != b.prompt for a, b in pairs):
         raise ValueError("The two models answered different prompts: they cannot be compared.")
     shown = judge.prefer([(a.prompt, a.text, b.text) for a, b in pairs])

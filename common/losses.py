@@ -11,7 +11,9 @@ from common.profiles import Recipe
 def _same_shape(*tensors: Tensor) -> None:
     shapes = {tuple(tensor.shape) for tensor in tensors}
     if len(shapes) > 1:
-        raise ValueError(f"All log-probabilities must have one shape (batch,); found {sorted(shapes)}.")
+        raise ValueError(
+            f"All log-probabilities must have one shape (batch,); found {sorted(shapes)}."
+        )
 
 
 def sft_loss(logp_sums: Tensor, lengths: Tensor) -> Tensor:
@@ -19,15 +21,24 @@ def sft_loss(logp_sums: Tensor, lengths: Tensor) -> Tensor:
 
     Args: summed log-probabilities and the number of scored tokens, each of shape (batch,).
     Returns: a scalar, in nats per token.
-    Pitfall: the mean over tokens, not the mean of row means: short answers must not count more per token.
+    Pitfall: the mean over tokens, not the mean of row means: short answers must not count more per
+        token.
     """
     return -logp_sums.sum() / lengths.sum()
 
 
-def dpo_logits(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps) -> Tensor:
-    """Log-ratio of chosen minus log-ratio of rejected, (batch,): what beta is multiplied with in Eq. 7."""
-    _same_shape(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
-    return (policy_chosen_logps - reference_chosen_logps) - (policy_rejected_logps - reference_rejected_logps)
+def dpo_logits(
+    policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+) -> Tensor:
+    """Log-ratio of chosen minus log-ratio of rejected, (batch,): what beta is multiplied with in
+    Eq. 7.
+    """
+    _same_shape(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
+    return (policy_chosen_logps - reference_chosen_logps) - (
+        policy_rejected_logps - reference_rejected_logps
+    )
 
 
 def dpo_loss(
@@ -40,11 +51,12 @@ def dpo_loss(
 ) -> Tensor:
     """Per-pair DPO loss, Rafailov et al. 2023 (arXiv 2305.18290), Eq. 7.
 
-    Args: summed response log-probabilities, each of shape (batch,); `label_smoothing`: the assumed share of flipped
-        labels (conservative DPO, Mitchell 2023).
+    Args: summed response log-probabilities, each of shape (batch,); `label_smoothing`: the assumed
+        share of flipped labels (conservative DPO, Mitchell 2023).
     Returns: shape (batch,). Equals ln 2 where policy and reference agree.
     Raises: ValueError if shapes differ.
-    Pitfall: the *sum* over tokens, not the mean: with the mean the prompt template no longer cancels.
+    Pitfall: the *sum* over tokens, not the mean: with the mean the prompt template no longer
+        cancels.
     """
     logits = beta * dpo_logits(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
@@ -59,26 +71,33 @@ def ipo_loss(
     reference_rejected_logps: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """Per-pair IPO loss, Azar et al. 2023 (arXiv 2310.12036), Eq. 17: pulls the margin to 1 / (2 beta), no further.
+    """Per-pair IPO loss, Azar et al. 2023 (arXiv 2310.12036), Eq. 17: pulls the margin to 1 / (2
+    beta), no further.
 
     Args and Raises: as `dpo_loss`; the paper takes sums, TRL the means per token.
     Returns: shape (batch,). Equals 1 / (4 beta²) where policy and reference agree.
     """
-    margin = dpo_logits(policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps)
+    margin = dpo_logits(
+        policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
+    )
     return (margin - 1 / (2 * beta)) ** 2
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Per-pair loss of a reward model, Bradley and Terry 1952; Ouyang et al. 2022 (arXiv 2203.02155), Eq. 1.
+    """Per-pair loss of a reward model, Bradley and Terry 1952; Ouyang et al. 2022 (arXiv
+    2203.02155), Eq. 1.
 
-    Args: rewards of shape (batch,). Returns: shape (batch,); ln 2 where both are equal. Raises: ValueError.
+    Args: rewards of shape (batch,). Returns: shape (batch,); ln 2 where both are equal. Raises:
+        ValueError.
     """
     _same_shape(chosen_rewards, rejected_rewards)
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 class _Log1mExp(torch.autograd.Function):
-    """log(1 - exp(x)) whose gradient is written out, since each textbook form has a wrong one somewhere."""
+    """log(1 - exp(x)) whose gradient is written out, since each textbook form has a wrong one
+    somewhere.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -90,7 +109,9 @@ class _Log1mExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return -upstream * torch.exp(x) / -torch.expm1(x)  # -1 / (exp(-x) - 1), without overflow for large -x
+        return (
+            -upstream * torch.exp(x) / -torch.expm1(x)
+        )  # -1 / (exp(-x) - 1), without overflow for large -x
 
 
 def log1mexp(log_p: Tensor) -> Tensor:
@@ -108,21 +129,26 @@ def log_odds(mean_logps: Tensor) -> Tensor:
 
 
 def odds_ratio_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
-    """Per-pair odds-ratio loss, Hong et al. 2024 (ORPO, arXiv 2403.07691), Eq. 7: -log sigmoid(log odds ratio).
+    """Per-pair odds-ratio loss, Hong et al. 2024 (ORPO, arXiv 2403.07691), Eq. 7: -log sigmoid(log
+    odds ratio).
 
     Args: *mean* log-probabilities per token, below 0, each of shape (batch,).
     Returns: shape (batch,). Equals ln 2 where both are equal. Raises: ValueError if shapes differ.
-    Pitfall: with sums 1 - P is almost 1, and the odds ratio degenerates into a ratio of probabilities.
+    Pitfall: with sums 1 - P is almost 1, and the odds ratio degenerates into a ratio of
+        probabilities.
     """
     _same_shape(chosen_mean_logps, rejected_mean_logps)
     return -F.logsigmoid(log_odds(chosen_mean_logps) - log_odds(rejected_mean_logps))
 
 
-def orpo_loss(nll: Tensor, chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, lambda_or: float = 0.1) -> Tensor:
-    """ORPO loss, Hong et al. 2024, Eq. 6: NLL of the chosen answer plus lambda times the odds-ratio loss.
+def orpo_loss(
+    nll: Tensor, chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, lambda_or: float = 0.1
+) -> Tensor:
+    """ORPO loss, Hong et al. 2024, Eq. 6: NLL of the chosen answer plus lambda times the odds-ratio
+    loss.
 
-    Args: `nll`: scalar, nats per token; mean log-probabilities of shape (batch,). Returns: a scalar.
-    `lambda_or` is called `beta` in TRL and `alpha` in the authors' code.
+    Args: `nll`: scalar, nats per token; mean log-probabilities of shape (batch,). Returns: a
+    scalar. `lambda_or` is called `beta` in TRL and `alpha` in the authors' code.
     """
     return nll + lambda_or * odds_ratio_loss(chosen_mean_logps, rejected_mean_logps).mean()
 
@@ -130,10 +156,13 @@ def orpo_loss(nll: Tensor, chosen_mean_logps: Tensor, rejected_mean_logps: Tenso
 def simpo_loss(
     chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float = 2.0, gamma: float = 0.5
 ) -> Tensor:
-    """Per-pair SimPO loss, Meng et al. 2024 (arXiv 2405.14734), Eq. 6: the margin of means, less a wanted gap.
+    """Per-pair SimPO loss, Meng et al. 2024 (arXiv 2405.14734), Eq. 6: the margin of means, less a
+    wanted gap.
 
-    Args: *mean* log-probabilities per token, each of shape (batch,); `gamma`: the gap, in units of beta * nats.
-    Returns: shape (batch,). Equals -log sigmoid(-gamma) where both are equal. Raises: ValueError if shapes differ.
+    Args: *mean* log-probabilities per token, each of shape (batch,); `gamma`: the gap, in units of
+        beta * nats.
+    Returns: shape (batch,). Equals -log sigmoid(-gamma) where both are equal. Raises: ValueError if
+        shapes differ.
     """
     _same_shape(chosen_mean_logps, rejected_mean_logps)
     return -F.logsigmoid(beta * (chosen_mean_logps - rejected_mean_logps) - gamma)
@@ -151,19 +180,28 @@ def scored_tokens(rows: list[dict], recipe: Recipe) -> int:
 
 
 def objective(
-    method: str, recipe: Recipe, policy: PairLogps, reference: PairLogps | None, pairs: int, tokens: int
+    method: str,
+    recipe: Recipe,
+    policy: PairLogps,
+    reference: PairLogps | None,
+    pairs: int,
+    tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of one micro-batch, scaled so that their sums over a whole step are the step's own.
+    """Loss and metrics of one micro-batch, scaled so that their sums over a whole step are the
+    step's own.
 
-    Args: `pairs`, `tokens`: of the whole step, over all micro-batches and processes. With them two processes, or
-        accumulation, give the same loss as one large batch, however ragged the rows.
+    Args: `pairs`, `tokens`: of the whole step, over all micro-batches and processes. With them two
+        processes, or accumulation, give the same loss as one large batch, however ragged the rows.
     """
     chosen, rejected = policy.chosen, policy.rejected
     nll = -(chosen.sums.sum() + (policy.prompt.sums.sum() if policy.prompt else 0.0)) / tokens
     metrics = {"nll": nll, "logps_chosen": chosen.sums.sum() / pairs}
     if rejected is not None:
         metrics["logps_rejected"] = rejected.sums.sum() / pairs
-    if rejected is None or method in ("lm", "sft"):  # ORPO with lambda 0 is trained on the chosen answers alone
+    if rejected is None or method in (
+        "lm",
+        "sft",
+    ):  # ORPO with lambda 0 is trained on the chosen answers alone
         return nll, metrics
     if method == "orpo":
         margin, share = log_odds(chosen.means) - log_odds(rejected.means), len(chosen.sums) / pairs
@@ -180,7 +218,9 @@ def objective(
     reward_rejected = recipe.beta * (sums[1] - sums[3]).detach()
     margin = reward_chosen - reward_rejected
     metrics |= {
-        "rewards_chosen": reward_chosen.sum() / pairs, "rewards_rejected": reward_rejected.sum() / pairs,
-        "margin": margin.sum() / pairs, "accuracy": share_positive(margin) * len(margin) / pairs,
-    }  # fmt: skip
+        "rewards_chosen": reward_chosen.sum() / pairs,
+        "rewards_rejected": reward_rejected.sum() / pairs,
+        "margin": margin.sum() / pairs,
+        "accuracy": share_positive(margin) * len(margin) / pairs,
+    }
     return per_pair.sum() / pairs + recipe.nll_weight * nll, metrics

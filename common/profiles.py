@@ -1,4 +1,6 @@
-"""Hardware tiers. A profile says which model and data a machine gets, and how each stage is trained on it."""
+"""Hardware tiers. A profile says which model and data a machine gets, and how each stage is trained
+on it.
+"""
 
 import os
 import re
@@ -16,8 +18,12 @@ class Recipe:
 
     lr: float
     epochs: float = 1.0
-    batch_size: int = 16  # rows per optimiser step, over all processes and accumulated micro-batches
-    micro_batch: int = 16  # rows per forward pass on one process; smaller than its share: gradient accumulation
+    batch_size: int = (
+        16  # rows per optimiser step, over all processes and accumulated micro-batches
+    )
+    micro_batch: int = (
+        16  # rows per forward pass on one process; smaller than its share: gradient accumulation
+    )
     beta: float = 0.1  # DPO: weight of the KL penalty (Rafailov et al. 2023, Eq. 3)
     loss: str = "sigmoid"  # DPO: "sigmoid" or "ipo"
     label_smoothing: float = 0.0  # DPO: assumed share of flipped labels
@@ -28,8 +34,11 @@ class Recipe:
     schedule: str = "linear"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    path: str = "packed"  # or "simple" (common.logprobs). On the tiny model a packed step takes 0.8 to 1.0 of the time
-    cache_reference: bool = False  # DPO: the reference's log-probabilities once, before training; no KL while it runs
+    # or "simple" (common.logprobs). On the tiny model a packed step takes 0.8 to 1.0 of the time
+    path: str = "packed"
+    cache_reference: bool = (
+        False  # DPO: the reference's log-probabilities once, before training; no KL while it runs
+    )
     clip: float = 1.0
     evaluations: int = 6  # how often the held-out metrics are taken
     patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never
@@ -42,7 +51,9 @@ class Profile:
 
     name: str
     recipes: dict[str, Recipe]
-    sources: dict[str, str] = field(default_factory=dict)  # stage → where its learning rate, β and λ come from
+    sources: dict[str, str] = field(
+        default_factory=dict
+    )  # stage → where its learning rate, β and λ come from
     model: str = TINY
     data: str = WORLD
     sft_data: str = ""  # demonstrations for SFT; "": the chosen answers of `data`
@@ -60,7 +71,12 @@ class Profile:
     samples: int = 4  # answers per evaluation prompt
     sweep_epochs: float = 1.0  # length of each run in a notebook's sweep
     seeds: int = 3  # of the comparison in Lab 1.8-03: this seed and the next ones
-    flaw_rates: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)  # of the pairs there; () where there is no embedded world
+    flaw_rates: tuple[float, ...] = (
+        0.0,
+        0.15,
+        0.3,
+        0.5,
+    )  # of the pairs there; () where there is no embedded world
     max_length: int = 128  # tokens of prompt and response together
     max_new_tokens: int = 64
     # Full-size models.
@@ -70,7 +86,9 @@ class Profile:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"  # or "paged_adamw_8bit"
     reason: str = ""
-    overrides: tuple[str, ...] = field(default=())  # names of LAB_MODEL, LAB_DATA and LAB_SFT_DATA, when set
+    overrides: tuple[str, ...] = field(
+        default=()
+    )  # names of LAB_MODEL, LAB_DATA and LAB_SFT_DATA, when set
 
     @property
     def run_name(self) -> str:
@@ -79,12 +97,16 @@ class Profile:
 
     @property
     def folder(self) -> Path:
-        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`, relative to the root of the course."""
+        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`, relative to the root of
+        the course.
+        """
         return ROOT / (os.environ.get("LAB_RUNS") or "runs") / self.run_name
 
 
 def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
-    """Recipes of the two embedded profiles, which differ in learning rates, epochs and batch size only."""
+    """Recipes of the two embedded profiles, which differ in learning rates, epochs and batch size
+    only.
+    """
     return {
         "base": Recipe(**base, **common),
         "sft": Recipe(**sft, keep_best=True, **common),
@@ -92,31 +114,51 @@ def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
         "reward": Recipe(lr=sft["lr"] / 3, epochs=2, **common),
         "dpo_plain": Recipe(**plain, **common),
         "dpo": Recipe(**dpo, nll_weight=1.0, **common),
-        # NLL on the response only, as in SFT: then λ = 0 is SFT on the chosen answers. (The paper adds the prompt.)
+        # NLL on the response only, as in SFT: then λ = 0 is SFT on the chosen answers. (The paper
+        # adds the prompt.)
         "orpo": Recipe(**orpo, lambda_or=0.5, **common),
         "orpo_lambda0": Recipe(**orpo, **common),
     }
 
 
 def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Recipe]:
-    """Recipes of the full-size profiles: AdamW (0.9, 0.95), cosine, warm-up, 16 pairs a step (course pages)."""
-    common = {"betas": (0.9, 0.95), "schedule": "cosine", "micro_batch": 2, "evaluations": 10, **common}
+    """Recipes of the full-size profiles: AdamW (0.9, 0.95), cosine, warm-up, 16 pairs a step
+    (course pages).
+    """
+    common = {
+        "betas": (0.9, 0.95),
+        "schedule": "cosine",
+        "micro_batch": 2,
+        "evaluations": 10,
+        **common,
+    }
     return {
         "sft": Recipe(lr=sft, epochs=2, keep_best=True, patience=4, **common),
         "sft_chosen": Recipe(lr=sft, epochs=2, **common),
         "reward": Recipe(lr=sft, **common),
         "dpo_plain": Recipe(lr=dpo, patience=4, keep_best=True, **common),
         "dpo": Recipe(lr=dpo, nll_weight=1.0, patience=4, keep_best=True, **common),
-        "orpo": Recipe(lr=orpo, lambda_or=0.1, nll_on_prompt=True, patience=4, keep_best=True, **common),
+        "orpo": Recipe(
+            lr=orpo, lambda_or=0.1, nll_on_prompt=True, patience=4, keep_best=True, **common
+        ),
         "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, patience=4, keep_best=True, **common),
     }
 
 
 HUB = {
-    "data": "Anthropic/hh-rlhf", "pairs": None, "held_out": 256, "samples": 1, "sweep_epochs": 0.02, "max_length": 512,
-    "max_new_tokens": 128, "eval_batch": 16, "seeds": 1, "flaw_rates": (),
-}  # fmt: skip
-# Where the numbers come from. `tools/readme_table.py` makes the README's table of these and of the recipes.
+    "data": "Anthropic/hh-rlhf",
+    "pairs": None,
+    "held_out": 256,
+    "samples": 1,
+    "sweep_epochs": 0.02,
+    "max_length": 512,
+    "max_new_tokens": 128,
+    "eval_batch": 16,
+    "seeds": 1,
+    "flaw_rates": (),
+}
+# Where the numbers come from. `tools/readme_table.py` makes the README's table of these and of the
+# recipes.
 DPO_PAPER = "[DPO](https://arxiv.org/abs/2305.18290), App. B"
 HANDBOOK = "https://github.com/huggingface/alignment-handbook/tree/main/recipes/zephyr-7b-beta"
 TRL = "https://github.com/huggingface/trl/blob"
@@ -128,51 +170,81 @@ OWN_SOURCES = {
 }
 PROFILES = {
     "smoke": Profile(
-        name="smoke", sources=OWN_SOURCES, sweep_epochs=0.5, seeds=1, flaw_rates=(0.0, 0.3), objects=4,
-        plain_lines=4000, demonstrations=2400, pairs=600, held_out=100, heads=2,
+        name="smoke",
+        sources=OWN_SOURCES,
+        sweep_epochs=0.5,
+        seeds=1,
+        flaw_rates=(0.0, 0.3),
+        objects=4,
+        plain_lines=4000,
+        demonstrations=2400,
+        pairs=600,
+        held_out=100,
+        heads=2,
         recipes=_tiny_recipes(
-            base={"lr": 5e-3, "epochs": 1.5}, sft={"lr": 5e-3, "epochs": 3}, dpo={"lr": 4e-4, "epochs": 3},
-            plain={"lr": 1e-4, "epochs": 3}, orpo={"lr": 5e-3, "epochs": 4}, evaluations=4,
+            base={"lr": 5e-3, "epochs": 1.5},
+            sft={"lr": 5e-3, "epochs": 3},
+            dpo={"lr": 4e-4, "epochs": 3},
+            plain={"lr": 1e-4, "epochs": 3},
+            orpo={"lr": 5e-3, "epochs": 4},
+            evaluations=4,
         ),
     ),
     "cpu": Profile(
-        name="cpu", sources=OWN_SOURCES,
+        name="cpu",
+        sources=OWN_SOURCES,
         recipes=_tiny_recipes(
-            # SFT, DPO and ORPO get equal epochs: only then can their costs be compared (Lab 1.8-03).
-            base={"lr": 5e-3, "epochs": 2}, sft={"lr": 5e-3, "epochs": 2}, dpo={"lr": 3e-4, "epochs": 2},
-            plain={"lr": 4e-5, "epochs": 2}, orpo={"lr": 5e-3, "epochs": 2},
+            # SFT, DPO and ORPO get equal epochs: only then can their costs be compared (Lab
+            # 1.8-03).
+            base={"lr": 5e-3, "epochs": 2},
+            sft={"lr": 5e-3, "epochs": 2},
+            dpo={"lr": 3e-4, "epochs": 2},
+            plain={"lr": 4e-5, "epochs": 2},
+            orpo={"lr": 5e-3, "epochs": 2},
         ),
     ),
     "gpt2": Profile(
-        name="gpt2", model="openai-community/gpt2", recipes=_hub_recipes(5e-5, 5e-6, 8e-6), **HUB,
+        name="gpt2",
+        model="openai-community/gpt2",
+        recipes=_hub_recipes(5e-5, 5e-6, 8e-6),
+        **HUB,
         sources={
             "sft": "rate: the default of transformers' Trainer; not tuned",
             "dpo": f"rate: the upper end of the lab pages' 5e-7 to 5e-6, not tuned; β: {DPO_PAPER}",
             "orpo": f"rate: [TRL's example]({TRL_ORPO}) for GPT-2; λ: its default; not tuned",
         },
     ),
-    # Full fine-tuning in float32 under autocast: weights, gradients, two moments and the reference take 9.9 GB.
+    # Full fine-tuning in float32 under autocast: weights, gradients, two moments and the reference
+    # take 9.9 GB.
     "qwen-0.5b": Profile(
-        name="qwen-0.5b", model="Qwen/Qwen2.5-0.5B", recipes=_hub_recipes(2e-5, 5e-7, 8e-6, micro_batch=1),
-        gradient_checkpointing=True, **{**HUB, "eval_batch": 4},  # the logits of 152k words are large
+        name="qwen-0.5b",
+        model="Qwen/Qwen2.5-0.5B",
+        recipes=_hub_recipes(2e-5, 5e-7, 8e-6, micro_batch=1),
+        gradient_checkpointing=True,
+        **{**HUB, "eval_batch": 4},  # the logits of 152k words are large
         sources={
             "sft": f"rate: [TRL's example]({TRL}/v1.16.0/trl/scripts/sft.py) for Qwen2-0.5B; not tuned",
             "dpo": f"rate: [TRL's example]({TRL}/v1.16.0/trl/scripts/dpo.py) for Qwen2-0.5B-Instruct, not tuned; "
-                   f"β: {DPO_PAPER}",
+            f"β: {DPO_PAPER}",
             "orpo": f"rate: [TRL's example]({TRL_ORPO}) for GPT-2; λ: its default; not tuned",
         },
     ),
     "qlora-7b": Profile(
-        name="qlora-7b", model="mistralai/Mistral-7B-v0.1", recipes=_hub_recipes(2e-4, 5e-6, 5e-5, micro_batch=1),
-        lora=16, four_bit=True, gradient_checkpointing=True, optimizer="paged_adamw_8bit",
+        name="qlora-7b",
+        model="mistralai/Mistral-7B-v0.1",
+        recipes=_hub_recipes(2e-4, 5e-6, 5e-5, micro_batch=1),
+        lora=16,
+        four_bit=True,
+        gradient_checkpointing=True,
+        optimizer="paged_adamw_8bit",
         **{**HUB, "eval_batch": 4},
         sources={
             "sft": "rate: [QLoRA](https://arxiv.org/abs/2305.14314) at 7B, and "
-                   f"[Zephyr's QLoRA recipe]({HANDBOOK}/sft); not tuned",
+            f"[Zephyr's QLoRA recipe]({HANDBOOK}/sft); not tuned",
             "dpo": f"rate: [Zephyr's QLoRA recipe]({HANDBOOK}/dpo) (its β: 0.01), not tuned; β: {DPO_PAPER}",
             "orpo": "rate: ten times that of the [ORPO authors' script for Mistral-7B]"
-                    "(https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh), since only an "
-                    "adapter learns; not tuned; λ: the same script",
+            "(https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh), since only an "
+            "adapter learns; not tuned; λ: the same script",
         },
     ),
 }
@@ -182,42 +254,66 @@ def gpu_gigabytes() -> float:
     """Memory of the first CUDA GPU in GB (1e9 bytes), 0.0 without one."""
     import torch
 
-    return torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+    return (
+        torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
+    )
 
 
 def device_and_precision() -> tuple[str, str, str]:
-    """(device, dtype name, why): bfloat16 from compute capability 8.0, float16 below, float32 on CPU."""
+    """(device, dtype name, why): bfloat16 from compute capability 8.0, float16 below, float32 on
+    CPU.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return "cpu", "float32", "no CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
     name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-    return ("cuda", "bfloat16", name) if major >= 8 else ("cuda", "float16", name + ": no bfloat16, so loss scaling")
+    return (
+        ("cuda", "bfloat16", name)
+        if major >= 8
+        else ("cuda", "float16", name + ": no bfloat16, so loss scaling")
+    )
 
 
 def get_profile(name: str | None = None) -> Profile:
-    """The profile to use: `name`, else LAB_PROFILE, else by hardware; LAB_MODEL, LAB_DATA, LAB_SFT_DATA applied.
+    """The profile to use: `name`, else LAB_PROFILE, else by hardware; LAB_MODEL, LAB_DATA,
+    LAB_SFT_DATA applied.
 
     Raises: ValueError for an unknown profile.
     """
-    name, reason = name or os.environ.get("LAB_PROFILE"), "asked for" if name else "LAB_PROFILE is set"
+    name, reason = (
+        name or os.environ.get("LAB_PROFILE"),
+        "asked for" if name else "LAB_PROFILE is set",
+    )
     if not name:
         gigabytes = gpu_gigabytes()
         name = "gpt2" if gigabytes >= 8 else "cpu"
         reason = f"LAB_PROFILE is not set; {f'a {gigabytes:.0f} GB CUDA GPU' if gigabytes else 'no CUDA GPU'} is here"
     if name not in PROFILES:
-        raise ValueError(f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {', '.join(PROFILES)}.")
+        raise ValueError(
+            f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {', '.join(PROFILES)}."
+        )
     profile = replace(PROFILES[name], reason=reason)
-    model, data, sft = (_local(os.environ.get(name)) for name in ("LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA"))
+    model, data, sft = (
+        _local(os.environ.get(name)) for name in ("LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA")
+    )
     if model:
         profile = replace(profile, model=model)
-        if "base" in profile.recipes:  # A pre-trained model needs the gentle recipes and a real context.
-            profile = replace(profile, recipes=PROFILES["gpt2"].recipes, max_length=max(profile.max_length, 256))
+        if (
+            "base" in profile.recipes
+        ):  # A pre-trained model needs the gentle recipes and a real context.
+            profile = replace(
+                profile, recipes=PROFILES["gpt2"].recipes, max_length=max(profile.max_length, 256)
+            )
     if data:
         profile = replace(profile, data=data, max_length=max(profile.max_length, 256))
-        if profile.model == TINY:  # Free text needs more words than the world, and more room for them.
-            profile = replace(profile, vocabulary=max(profile.vocabulary, 4096), pairs=None, max_new_tokens=96)
+        if (
+            profile.model == TINY
+        ):  # Free text needs more words than the world, and more room for them.
+            profile = replace(
+                profile, vocabulary=max(profile.vocabulary, 4096), pairs=None, max_new_tokens=96
+            )
     profile = replace(profile, sft_data=sft or "")
     names = tuple(_slug(value) for value in (model, data, sft) if value)
     return replace(profile, overrides=names)
@@ -230,7 +326,12 @@ def _local(source: str | None) -> str | None:
 
 
 def _slug(source: str) -> str:
-    """A folder name from a hub id (`owner/name:subset@revision`) or a path: its last part without file endings."""
+    """A folder name from a hub id (`owner/name:subset@revision`) or a path: its last part without
+    file endings.
+    """
     marked = re.fullmatch(r"[\w.-]+/([\w.-]+[:@].+)", source)
     last = marked[1] if marked else Path(source.rstrip("/")).name
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last)) or "custom"
+    return (
+        re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last))
+        or "custom"
+    )

@@ -16,7 +16,8 @@ os.environ.update(
     TOKENIZERS_PARALLELISM="false",
     MPLBACKEND="Agg",
 )
-# Read by torch when it is imported: with tensors this small, more threads only get in each other's way.
+# Read by torch when it is imported: with tensors this small, more threads only get in each other's
+# way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
@@ -31,7 +32,7 @@ def trained_lab(tmp_path_factory):
     """A very small lab with its base and SFT model trained. Tests keep their own runs in sweeps."""
     import tiny
 
-    from common.runs import Lab
+    from common.lab import Lab
     from common.training import train
 
     with pytest.MonkeyPatch.context() as patch:

@@ -10,7 +10,9 @@ COMMIT = "c" * 40
 
 
 class FakeHub:
-    """Serves `files` {repo: {path: bytes}} at every revision. `fault(request)`: a response, an exception, or None."""
+    """Serves `files` {repo: {path: bytes}} at every revision. `fault(request)`: a response, an
+    exception, or None.
+    """
 
     def __init__(self, files: dict[str, dict[str, bytes]]):
         self.files, self.log, self.fault = files, [], lambda request: None
@@ -43,8 +45,12 @@ class FakeHub:
                 deep = request.url.params.get("recursive", "false").lower() == "true"
                 return httpx2.Response(200, json=self.tree(files, "/".join(rest[2:]), deep))
             if rest[0] == "paths-info":
-                wanted = json.loads(request.content)["paths"] if request.content.startswith(b"{") else []
-                return httpx2.Response(200, json=[item for name in wanted for item in self.info(files, name)])
+                wanted = (
+                    json.loads(request.content)["paths"] if request.content.startswith(b"{") else []
+                )
+                return httpx2.Response(
+                    200, json=[item for name in wanted for item in self.info(files, name)]
+                )
         name = "/".join(rest[2:])
         if name not in files:
             return refused(404, "EntryNotFound")
@@ -63,8 +69,11 @@ class FakeHub:
         if name in files:
             oid = hashlib.sha1(files[name]).hexdigest()
             return [{"type": "file", "path": name, "size": len(files[name]), "oid": oid}]
-        return [{"type": "directory", "path": name, "oid": "0" * 40}] if any(
-            path.startswith(f"{name}/") for path in files) else []  # fmt: skip
+        return (
+            [{"type": "directory", "path": name, "oid": "0" * 40}]
+            if any(path.startswith(f"{name}/") for path in files)
+            else []
+        )
 
     def tree(self, files: dict[str, bytes], under: str, deep: bool) -> list[dict]:
         prefix = f"{under}/" if under else ""

@@ -1,8 +1,9 @@
-"""What each process does in `test_distributed`: the runs of a list, with the command line's own `main`.
+"""What each process does in `test_distributed`: the runs of a list, with the command line's own
+`main`.
 
-Argument: JSON, a list of {"stage", "sweep", "settings", "options", "end"}; the last two may be missing. "end" is
-[step, how, processes]: before this step these processes get a SIGKILL ("kill") or raise an error ("fail").
-Ends with the status of the last run.
+Argument: JSON, a list of {"stage", "sweep", "settings", "options", "end"}; the last two may be
+missing. "end" is [step, how, processes]: before this step these processes get a SIGKILL ("kill") or
+raise an error ("fail"). Ends with the status of the last run.
 """
 
 import json
@@ -16,18 +17,22 @@ import tiny
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from common.loop import Trainer, TrainingError
 from common.profiles import PROFILES
-from common.train import main
+from common.training.__main__ import main
+from common.training.trainer import Trainer, TrainingError
 
 PROFILES["smoke"] = tiny.micro_profile()
-if os.environ.get("ACCELERATE_USE_FSDP") == "true":  # Accelerate shards over GPUs only: it is told that these are some
+if (
+    os.environ.get("ACCELERATE_USE_FSDP") == "true"
+):  # Accelerate shards over GPUs only: it is told that these are some
     PartialState(cpu=True)
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 whole_step = Trainer.step
 
 
-def run(stage: str, sweep: str, settings: dict, options: tuple = (), end: tuple = (0, "", ())) -> int:
+def run(
+    stage: str, sweep: str, settings: dict, options: tuple = (), end: tuple = (0, "", ())
+) -> int:
     last, how, processes = end
 
     def step(self):

@@ -1,4 +1,6 @@
-"""A gateway in this process with a fake engine behind it, and a tiny model to serve; nothing here is under test."""
+"""A gateway in this process with a fake engine behind it, and a tiny model to serve; nothing here
+is under test.
+"""
 
 import asyncio
 import json
@@ -13,12 +15,12 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from common.serving.app import build_app
-from common.serving.engine import Engine
-from common.serving.gateway import Gateway
-from common.serving.limits import Limits, read_keys
-from common.serving.start import wait_for
-from common.serving.store import Store
+from deploy.serving.app import build_app
+from deploy.serving.engine import Engine
+from deploy.serving.gateway import Gateway
+from deploy.serving.limits import Limits, read_keys
+from deploy.serving.start import wait_for
+from deploy.serving.store import Store
 
 ASK = {"model": "auto", "messages": [{"role": "user", "content": "What is the kettle for?"}]}
 WORDS = [" Boil", " water", " with", " it", "."]
@@ -27,7 +29,9 @@ WORDS = [" Boil", " water", " with", " it", "."]
 @contextmanager
 def running(app, **settings):
     """The app on a free port, in a thread; gives its address."""
-    config = uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10, **settings)
+    config = uvicorn.Config(
+        app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10, **settings
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -41,7 +45,9 @@ def running(app, **settings):
 
 @dataclass
 class FakeEngine:
-    """An engine that answers `WORDS`. What it does wrong, how slowly, and what it saw, is set and read by a test."""
+    """An engine that answers `WORDS`. What it does wrong, how slowly, and what it saw, is set and
+    read by a test.
+    """
 
     seconds: float = 0.0  # before each word
     fault: str | None = None  # "cut", "error event", "status 500", "status 422", "nonsense"
@@ -81,7 +87,11 @@ class FakeEngine:
                     yield "data: <html>\n\n"
                 yield f"data: {json.dumps({'choices': [{'delta': {'content': word}, 'index': 0}]})}\n\n"
             else:
-                usage = {"prompt_tokens": 7, "completion_tokens": len(WORDS), "total_tokens": 7 + len(WORDS)}
+                usage = {
+                    "prompt_tokens": 7,
+                    "completion_tokens": len(WORDS),
+                    "total_tokens": 7 + len(WORDS),
+                }
                 end = {"choices": [{"delta": {}, "finish_reason": "stop"}], "usage": usage}
                 yield f"data: {json.dumps(end)}\n\ndata: [DONE]\n\n"
             self.finished += 1
@@ -108,18 +118,24 @@ class Bench:
 
 
 @contextmanager
-def gateway(folder: Path, *fakes: FakeEngine, keys: str = "", weights=None, max_bytes: int = 10**8, **limits):
+def gateway(
+    folder: Path, *fakes: FakeEngine, keys: str = "", weights=None, max_bytes: int = 10**8, **limits
+):
     """A gateway in this process before these fake engines, called a, b, …; gives a Bench."""
     names = "abc"[: len(fakes)]
     settings = replace(Limits(requests_per_minute=10**6, timeout=20), **limits)
     with ExitStack() as stack:
         urls = [stack.enter_context(running(fake.app())) for fake in fakes]
-        engines = {name: Engine(name, settings, url=url) for name, url in zip(names, urls, strict=True)}
+        engines = {
+            name: Engine(name, settings, url=url) for name, url in zip(names, urls, strict=True)
+        }
         store = folder / "store.sqlite"
         shares = weights or dict.fromkeys(names, 1.0)
         bench = Gateway(engines, shares, Store(store, max_bytes), read_keys(keys), settings)
         root = stack.enter_context(running(build_app(bench)))
-        wait_for(lambda: all(engine.ready.is_set() for engine in engines.values()), 20, "fake engine")
+        wait_for(
+            lambda: all(engine.ready.is_set() for engine in engines.values()), 20, "fake engine"
+        )
         yield Bench(root, bench, store)
 
 
@@ -127,7 +143,8 @@ CONTEXT = 512  # tokens: long enough that an answer without an end takes a while
 
 
 def save_chat_model(folder: Path) -> None:
-    """A small GPT-2 with random weights, large enough that its greedy answers differ by prompt; some of them end.
+    """A small GPT-2 with random weights, large enough that its greedy answers differ by prompt;
+    some of them end.
 
     Bytes that are no ASCII letter have no embedding, so that it never says half a letter.
     """

@@ -5,18 +5,22 @@ from itertools import product
 import numpy as np
 import pytest
 
-from common.abtest import chance_of_a_winner, sample_size, two_shares, verdict, votes_by_arm, wilson
+from deploy.abtest import chance_of_a_winner, sample_size, two_shares, verdict, votes_by_arm, wilson
 
 
 def test_interval_of_a_difference_is_newcombes():
-    """Newcombe 1998, Table II (a), method 10: 56/70 against 48/80 differ by 0.2000, 0.0524 to 0.3339."""
+    """Newcombe 1998, Table II (a), method 10: 56/70 against 48/80 differ by 0.2000, 0.0524 to
+    0.3339.
+    """
     found = two_shares(48, 80, 56, 70)
     assert found.difference == pytest.approx(0.2)
     assert found.ci95 == pytest.approx((0.0524, 0.3339), abs=5e-5)
 
 
 def test_p_value_is_of_the_pooled_z_test():
-    """104/130 pooled twice: shares .7 and .8 of 100 pool to .75; z = .1 / sqrt(.75 * .25 * .02) = 1.6330, p = .1025."""
+    """104/130 pooled twice: shares .7 and .8 of 100 pool to .75; z = .1 / sqrt(.75 * .25 * .02) =
+    1.6330, p = .1025.
+    """
     assert two_shares(70, 100, 80, 100).p_value == pytest.approx(0.1025, abs=5e-5)
 
 
@@ -43,7 +47,9 @@ def test_wilson_of_seven_in_ten():
 
 
 def test_sample_size_is_the_textbooks():
-    """.5 against .6 at 5 % and 80 %: (1.95996 sqrt(2 * .55 * .45) + .84162 sqrt(.25 + .24))² / .01 = 387.3."""
+    """.5 against .6 at 5 % and 80 %: (1.95996 sqrt(2 * .55 * .45) + .84162 sqrt(.25 + .24))² / .01
+    = 387.3.
+    """
     assert sample_size(0.5, 0.1) == 388
     assert sample_size(0.5, -0.1) == 388
 
@@ -59,7 +65,9 @@ def test_sample_size_needs_two_different_shares(share, lift):
 
 
 def test_chance_of_a_winner_counts_every_outcome():
-    """Two looks of 3 users per arm: all 2^12 outcomes, each with its probability, looked at one by one."""
+    """Two looks of 3 users per arm: all 2^12 outcomes, each with its probability, looked at one by
+    one.
+    """
     a, b, expected = 0.3, 0.6, np.zeros(2)
     for outcome in product((0, 1), repeat=12):
         first, second = np.array(outcome[:6]), np.array(outcome[6:])
@@ -74,7 +82,9 @@ def test_chance_of_a_winner_counts_every_outcome():
 
 
 def test_sample_size_has_the_power_it_promises():
-    """At the planned size, one look finds .5 against .65 in 80 % of experiments, by exact arithmetic."""
+    """At the planned size, one look finds .5 against .65 in 80 % of experiments, by exact
+    arithmetic.
+    """
     size = sample_size(0.5, 0.15)
     assert chance_of_a_winner(0.5, 0.65, size, 1)[0] == pytest.approx(0.8, abs=0.02)
 
@@ -90,7 +100,13 @@ def row(user, model, rating, assigned=1):
 
 
 def test_a_user_counts_once_with_the_first_vote():
-    rows = [row("u", "a", 1), row("u", "a", -1), row("v", "a", -1), row("w", "b", None), row(None, "b", 1)]
+    rows = [
+        row("u", "a", 1),
+        row("u", "a", -1),
+        row("v", "a", -1),
+        row("w", "b", None),
+        row(None, "b", 1),
+    ]
     assert votes_by_arm(rows) == {"a": (1, 2)}
 
 

@@ -8,13 +8,18 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common import models
-from common.architectures import KNOWN, model_config, random_model
+from common.memory.architectures import KNOWN, model_config, random_model
 from common.profiles import PROFILES
 
 SIZES = {
-    "vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
 def parameters(source: str) -> int:
@@ -22,16 +27,25 @@ def parameters(source: str) -> int:
         return AutoModelForCausalLM.from_config(model_config(source)).num_parameters()
 
 
-@pytest.mark.parametrize(("source", "millions"), [
-    ("openai-community/gpt2", 124.44), ("Qwen/Qwen2.5-0.5B", 494.03), ("Qwen/Qwen2.5-7B", 7615.62),
-    ("mistralai/Mistral-7B-v0.1", 7241.73), ("meta-llama/Llama-2-7b-hf", 6738.42)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("source", "millions"),
+    [
+        ("openai-community/gpt2", 124.44),
+        ("Qwen/Qwen2.5-0.5B", 494.03),
+        ("Qwen/Qwen2.5-7B", 7615.62),
+        ("mistralai/Mistral-7B-v0.1", 7241.73),
+        ("meta-llama/Llama-2-7b-hf", 6738.42),
+    ],
+)
 def test_a_known_architecture_has_the_published_number_of_parameters(source, millions):
     """As on the model's page of the hub, in millions, a tied head counted once."""
     assert parameters(source) / 1e6 == pytest.approx(millions, abs=0.01)
 
 
 def test_every_full_size_profile_is_known():
-    assert {profile.model for profile in PROFILES.values() if not models.is_tiny(profile)} <= KNOWN.keys()
+    assert {
+        profile.model for profile in PROFILES.values() if not models.is_tiny(profile)
+    } <= KNOWN.keys()
 
 
 def test_rotation_and_window_are_those_of_the_model():
@@ -56,16 +70,29 @@ def llama(tmp_path) -> LlamaForCausalLM:
 
 
 def described(model) -> dict[str, tuple]:
-    """Shape, type and trainability of every weight and buffer, and what the library keeps beside a 4-bit weight."""
+    """Shape, type and trainability of every weight and buffer, and what the library keeps beside a
+    4-bit weight.
+    """
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    shapes = {name: (tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors}
-    states = {name: sorted(tensor.quant_state.as_dict(packed=True)) for name, tensor in tensors
-              if hasattr(tensor, "quant_state")}  # fmt: skip
-    return {"tensors": shapes, "quantised": states, "four_bit": getattr(model, "is_loaded_in_4bit", False)}
+    shapes = {
+        name: (tuple(tensor.shape), tensor.dtype, tensor.requires_grad) for name, tensor in tensors
+    }
+    states = {
+        name: sorted(tensor.quant_state.as_dict(packed=True))
+        for name, tensor in tensors
+        if hasattr(tensor, "quant_state")
+    }
+    return {
+        "tensors": shapes,
+        "quantised": states,
+        "four_bit": getattr(model, "is_loaded_in_4bit", False),
+    }
 
 
 def test_in_4_bits_everything_is_as_loading_leaves_it(llama, tmp_path):
-    """14 linear layers of nf4 in two blocks of seven; embedding, norms and head are in the compute type."""
+    """14 linear layers of nf4 in two blocks of seven; embedding, norms and head are in the compute
+    type.
+    """
     profile = tiny.micro_profile(model=str(tmp_path), four_bit=True, lora=4)
     loaded, random = models.load_model(tmp_path, profile), random_model(profile, "cpu")
     assert described(random) == described(loaded)
@@ -76,7 +103,9 @@ def test_in_4_bits_everything_is_as_loading_leaves_it(llama, tmp_path):
 
 
 def test_a_4_bit_model_has_values_and_trains_through_its_adapter(llama, tmp_path):
-    """What was never filled would be NaN or 0 sooner or later; rotations are those of the loaded model."""
+    """What was never filled would be NaN or 0 sooner or later; rotations are those of the loaded
+    model.
+    """
     profile = tiny.micro_profile(model=str(tmp_path), four_bit=True, lora=4)
     random = random_model(profile, "cpu")
     assert torch.equal(random.model.rotary_emb.inv_freq, llama.model.rotary_emb.inv_freq)
@@ -92,10 +121,17 @@ def test_a_4_bit_model_has_values_and_trains_through_its_adapter(llama, tmp_path
     assert gradients and all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-@pytest.mark.parametrize("load", [lambda folder, profile: models.load_model(folder, profile),
-                                  lambda folder, profile: random_model(profile, "cpu")])  # fmt: skip
+@pytest.mark.parametrize(
+    "load",
+    [
+        lambda folder, profile: models.load_model(folder, profile),
+        lambda folder, profile: random_model(profile, "cpu"),
+    ],
+)
 def test_gradients_of_a_4_bit_model_are_the_same_after_an_evaluation(llama, tmp_path, load):
-    """Left alone, bitsandbytes repacks the weights in it on some CPUs, and stops the gradients from then on."""
+    """Left alone, bitsandbytes repacks the weights in it on some CPUs, and stops the gradients from
+    then on.
+    """
     profile = tiny.micro_profile(model=str(tmp_path), four_bit=True, lora=4)
     model, ids = models.add_lora(load(tmp_path, profile), profile), torch.arange(12)[None]
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from common import exercises
+from common import checks as exercises
 from common.checks import CHECKS, check
 
 
@@ -55,9 +55,15 @@ def test_every_notebook_of_lab_1_7_has_three_exercises():
 
 
 @pytest.mark.parametrize("name", sorted(CHECKS))
-@pytest.mark.parametrize("wrong", [
-    lambda *args, **kwargs: None, lambda *args, **kwargs: 0, lambda *args, **kwargs: args[0],
-], ids=["returns None", "returns 0", "returns its first argument"])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda *args, **kwargs: None,
+        lambda *args, **kwargs: 0,
+        lambda *args, **kwargs: args[0],
+    ],
+    ids=["returns None", "returns 0", "returns its first argument"],
+)
 def test_no_check_passes_a_function_that_does_nothing(name, wrong, capsys):
     with pytest.raises(AssertionError, match=f"{name}: "):
         check(name, wrong)

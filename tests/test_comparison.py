@@ -1,4 +1,6 @@
-"""Methods side by side: what makes a comparison unfair is refused, finished arms are kept, seeds are summarised."""
+"""Methods side by side: what makes a comparison unfair is refused, finished arms are kept, seeds
+are summarised.
+"""
 
 import json
 import math
@@ -21,8 +23,8 @@ from common.comparison import (
     seed_interval,
     sign_change,
 )
+from common.lab import BrokenLineage, Lab, MissingRun
 from common.profiles import PROFILES
-from common.runs import BrokenLineage, Lab, MissingRun
 from common.training import train
 
 SHORT = ("sft", "orpo_lambda0", "orpo")
@@ -63,7 +65,7 @@ def test_runs_of_one_base_tokenizer_and_pairs_are_comparable(lab):
 
 
 def test_a_missing_model_is_refused_with_the_command_that_makes_it(lab):
-    with pytest.raises(MissingRun, match="python -m common.train dpo "):
+    with pytest.raises(MissingRun, match="python -m common.training dpo "):
         check_comparable(lab, {"sft": None, "dpo": None})
 
 
@@ -82,7 +84,11 @@ def test_another_tokenizer_is_refused(lab, monkeypatch):
 def test_another_base_is_refused(lab, monkeypatch):
     lineage = Lab.lineage
     monkeypatch.setattr(
-        Lab, "lineage", lambda self, stage, sweep=None: ["another" if stage == "orpo" else lineage(self, "base")[0]]
+        Lab,
+        "lineage",
+        lambda self, stage, sweep=None: [
+            "another" if stage == "orpo" else lineage(self, "base")[0]
+        ],
     )
     with pytest.raises(BrokenLineage, match=r"^orpo: trained with another base than is here"):
         check_comparable(lab, dict.fromkeys(SHORT))
@@ -118,7 +124,9 @@ def test_the_default_flaw_rate_gives_the_profiles_own_pairs(lab):
     rows = lab.data.world.pairs(lab.profile.pairs, flaw_rate=DEFAULT_RATE)
     own = lab.data.world.pairs(lab.profile.pairs)
     assert rows == own
-    assert [row["chosen"] for row in rows] == [row["prompt"] + row["chosen"] for row in lab.data.train]
+    assert [row["chosen"] for row in rows] == [
+        row["prompt"] + row["chosen"] for row in lab.data.train
+    ]
 
 
 # --- running them
@@ -135,7 +143,11 @@ def in_turn(lab):
 def test_a_report_holds_every_pair_of_stages_once_and_every_measure(in_turn):
     (report,) = in_turn["own"]
     assert list(report["models"]) == list(SHORT) == list(report["cost"])
-    assert list(report["win_rate"]) == ["orpo_lambda0_vs_sft", "orpo_vs_sft", "orpo_vs_orpo_lambda0"]
+    assert list(report["win_rate"]) == [
+        "orpo_lambda0_vs_sft",
+        "orpo_vs_sft",
+        "orpo_vs_orpo_lambda0",
+    ]
     assert report["seed"] == 0 and report["judge"] == "the world's rule"
     assert report["models"]["sft"]["kl"] == 0.0
 
@@ -167,7 +179,9 @@ def test_a_model_trained_again_is_measured_again(lab, in_turn, monkeypatch):
 
 
 def test_side_by_side_gives_the_same_numbers_as_in_turn(lab, in_turn):
-    """Reports and one arm's models are removed, so that a worker process has to train and measure them."""
+    """Reports and one arm's models are removed, so that a worker process has to train and measure
+    them.
+    """
     for path in (*(lab.folder / "arms").glob("*.json"), *lab.folder.glob("sweeps/gold-*/run.json")):
         path.unlink()
     found = run_arms(lab, [OWN, LONGER, WORLD], seeds=[0])
@@ -204,12 +218,16 @@ class Inline:
 
 
 def test_arms_that_share_a_folder_never_run_at_the_same_time(lab, monkeypatch):
-    """`OWN` and `LONGER` both train `orpo` itself: of one seed they are one job. `WORLD` is another."""
+    """`OWN` and `LONGER` both train `orpo` itself: of one seed they are one job. `WORLD` is
+    another.
+    """
     monkeypatch.setattr(comparison, "ProcessPoolExecutor", Inline)
     monkeypatch.setattr(comparison, "device_is_shared", lambda profile: True)
     monkeypatch.setattr(comparison.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(comparison, "ready", lambda lab: None)
-    monkeypatch.setattr(comparison, "run_arm", lambda profile, seed, arm: {"seed": seed, "arm": arm.name})
+    monkeypatch.setattr(
+        comparison, "run_arm", lambda profile, seed, arm: {"seed": seed, "arm": arm.name}
+    )
     found = run_arms(lab, [WORLD, OWN, LONGER], seeds=[0, 5])
     jobs = [(seed, [arm.name for arm in arms]) for name, (*_, seed, arms) in Inline.jobs[2:]]
     assert jobs == [(0, ["own", "longer"]), (5, ["own", "longer"]), (0, ["gold"]), (5, ["gold"])]
@@ -228,12 +246,18 @@ def test_an_error_of_a_worker_process_comes_through_whole(lab):
 def report(seed: int, rate: float, perplexity: float) -> dict:
     win = {"wins": 1, "ties": 2, "losses": 3, "rate": rate, "ci95": [rate - 0.03, rate + 0.04]}
     cost = {"wall_seconds": 2.0 * seed, "train_flops": 10.0}
-    return {"models": {"orpo": {"perplexity": perplexity}}, "win_rate": {"orpo_vs_sft": win}, "cost": {"orpo": cost},
-            "seeds": 1}  # fmt: skip
+    return {
+        "models": {"orpo": {"perplexity": perplexity}},
+        "win_rate": {"orpo_vs_sft": win},
+        "cost": {"orpo": cost},
+        "seeds": 1,
+    }
 
 
 def test_seed_interval_is_students():
-    """0.6, 0.7, 0.8: mean 0.7, s = 0.1, t(0.975; 2) = 4.3027, half-width 4.3027 · 0.1 / sqrt(3) = 0.24841."""
+    """0.6, 0.7, 0.8: mean 0.7, s = 0.1, t(0.975; 2) = 4.3027, half-width 4.3027 · 0.1 / sqrt(3) =
+    0.24841.
+    """
     assert_same(seed_interval([0.6, 0.7, 0.8]), [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
 
 
@@ -242,7 +266,9 @@ def test_one_seed_has_no_interval():
 
 
 def test_over_seeds_gives_means_spread_and_both_intervals():
-    """Rates 0.6, 0.7, 0.8: std 0.1; prompts: sqrt(3 · 0.03²) / 3 = 0.0173 down; perplexities 2, 3, 7: 4 ± √7."""
+    """Rates 0.6, 0.7, 0.8: std 0.1; prompts: sqrt(3 · 0.03²) / 3 = 0.0173 down; perplexities 2, 3,
+    7: 4 ± √7.
+    """
     summary = over_seeds([report(1, 0.6, 2.0), report(2, 0.7, 3.0), report(3, 0.8, 7.0)])
     rate = summary["win_rate"]["orpo_vs_sft"]
     assert_same([rate["rate"], rate["std"], rate["wins"], rate["ties"]], [0.7, 0.1, 3, 6], 1e-9)
@@ -250,7 +276,10 @@ def test_over_seeds_gives_means_spread_and_both_intervals():
     assert_same(rate["seed_ci95"], [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
     model = summary["models"]["orpo"]
     assert_same([model["perplexity"], model["std"]["perplexity"]], [4.0, math.sqrt(7)], 1e-9)
-    assert summary["cost"]["orpo"] == {"wall_seconds": 4.0, "train_flops": 10.0} and summary["seeds"] == 3
+    assert (
+        summary["cost"]["orpo"] == {"wall_seconds": 4.0, "train_flops": 10.0}
+        and summary["seeds"] == 3
+    )
 
 
 def test_over_one_seed_says_nothing_of_another():

@@ -15,19 +15,31 @@ from common.logprobs import response_logps
 from common.profiles import Recipe
 
 RECIPE = Recipe(lr=1e-3, lambda_or=0.5, nll_weight=1.0)
-WIDTH, LAYERS, TOKENS, POSITIONS = 64, 2, 50257, 1024  # of the small GPT-2 that memory is measured on
+WIDTH, LAYERS, TOKENS, POSITIONS = (
+    64,
+    2,
+    50257,
+    1024,
+)  # of the small GPT-2 that memory is measured on
 
 
 # --- passes
 
 
 def test_passes_of_each_method():
-    """Forward 1, backward 2 an answer: SFT 1 + 2; DPO 2 · (1 + 1 + 2); cached 2 · (1 + 2); ORPO 2 · (1 + 2)."""
+    """Forward 1, backward 2 an answer: SFT 1 + 2; DPO 2 · (1 + 1 + 2); cached 2 · (1 + 2); ORPO 2 ·
+    (1 + 2).
+    """
     assert [pass_units(name) for name in ("sft", "dpo", "dpo_cached", "orpo")] == [3, 8, 6, 6]
 
 
 def test_under_lora_a_backward_pass_costs_one():
-    assert [pass_units(name, lora=True) for name in ("sft", "dpo", "dpo_cached", "orpo")] == [2, 6, 4, 4]
+    assert [pass_units(name, lora=True) for name in ("sft", "dpo", "dpo_cached", "orpo")] == [
+        2,
+        6,
+        4,
+        4,
+    ]
 
 
 def test_orpo_costs_six_elevenths_of_sft_and_dpo_at_equal_epochs():
@@ -59,18 +71,26 @@ def test_the_formula_agrees_with_counted_flops_within_3_percent(method):
         with torch.no_grad():
             known = response_logps(reference, batch) if method == "dpo" else None
         policy = response_logps(model, batch)
-        losses.objective(method, RECIPE, policy, known, len(rows), losses.scored_tokens(rows, RECIPE))[0].backward()
-    longest = max(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in sides)
+        losses.objective(
+            method, RECIPE, policy, known, len(rows), losses.scored_tokens(rows, RECIPE)
+        )[0].backward()
+    longest = max(
+        len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in sides
+    )
     scored = sum(len(row[f"{side}_ids"]) for row in rows for side in sides)
     formula = formula_flops(model, method, len(sides) * len(rows) * longest, scored)
     assert abs(formula / counter.get_total_flops() - 1) < 0.03
 
 
 def test_the_formula_by_hand():
-    """Two layers of 12 · 16² weights, a head of 16 · 23; 100 padded tokens, 40 scored; SFT: 2 · 3 FLOPs a weight."""
+    """Two layers of 12 · 16² weights, a head of 16 · 23; 100 padded tokens, 40 scored; SFT: 2 · 3
+    FLOPs a weight.
+    """
     expected = 6 * (2 * 12 * 16**2 * 100 + 16 * 23 * 40)
     assert formula_flops(tiny.gpt2(), "sft", 100, 40) == expected
-    assert formula_flops(tiny.gpt2(), "dpo", 100, 40) == expected * 8 / 6  # of two answers: 8 in place of 2 · 3
+    assert (
+        formula_flops(tiny.gpt2(), "dpo", 100, 40) == expected * 8 / 6
+    )  # of two answers: 8 in place of 2 · 3
 
 
 # --- memory
@@ -98,7 +118,11 @@ TENSORS = 2 + 12 * LAYERS + 2  # two embeddings, 12 a block, the last norm
 def test_full_fine_tuning_holds_weights_gradients_and_two_moments(method):
     found, weights = small(method), weights_by_hand()
     assert found["parameters"] == weights and found["model_copies"] == 1
-    assert (found["weights_bytes"], found["gradient_bytes"], found["reference_bytes"]) == (4 * weights, 4 * weights, 0)
+    assert (found["weights_bytes"], found["gradient_bytes"], found["reference_bytes"]) == (
+        4 * weights,
+        4 * weights,
+        0,
+    )
     assert found["optimizer_bytes"] == optimizer_by_hand(weights, TENSORS)
 
 
@@ -110,7 +134,9 @@ def test_dpo_holds_its_reference_beside_the_same_parts():
 
 
 def test_under_lora_the_reference_is_free_and_only_adapters_are_learned():
-    """Rank 16 on the four matrices of a block, with (in + out) of 4, 2, 5 and 5 widths: 16 · 16 · width a block."""
+    """Rank 16 on the four matrices of a block, with (in + out) of 4, 2, 5 and 5 widths: 16 · 16 ·
+    width a block.
+    """
     found, adapters = small("dpo", lora=True), LAYERS * 16 * 16 * WIDTH
     assert found["model_copies"] == 1 and found["reference_bytes"] == 0
     assert found["weights_bytes"] == 4 * (weights_by_hand() + adapters)
@@ -120,13 +146,17 @@ def test_under_lora_the_reference_is_free_and_only_adapters_are_learned():
 
 def test_the_parts_and_the_rest_make_up_the_peak():
     found = small("orpo")
-    parts = sum(found[f"{part}_bytes"] for part in ("weights", "reference", "gradient", "optimizer", "rest"))
+    parts = sum(
+        found[f"{part}_bytes"] for part in ("weights", "reference", "gradient", "optimizer", "rest")
+    )
     assert parts == found["peak_bytes"]
     assert found["step_seconds"] > 0
 
 
 def test_peak_memory_sees_what_a_block_held_and_gave_back(monkeypatch):
-    """100 MB, held until they were seen (a busy machine takes a while), are still in the peak when given back."""
+    """100 MB, held until they were seen (a busy machine takes a while), are still in the peak when
+    given back.
+    """
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     before, deadline = costs._resident(), time.monotonic() + 20
     with costs.PeakMemory() as memory:
@@ -141,13 +171,19 @@ def test_a_method_is_measured_in_a_process_of_its_own():
     """What this process holds is not counted: the child's peak is little more than its parts."""
     held, seen = torch.ones(100_000_000), []  # 400 MB
     sizes = {"pairs": 1, "length": 24, "layers": LAYERS, "width": 128, "steps": 2}
-    (dpo,) = measure_memory([("dpo", False)], **sizes, progress=lambda jobs: seen.extend(jobs) or jobs)
-    assert (dpo["method"], dpo["model_copies"], dpo["width"]) == ("dpo", 2, 128) and seen == [("dpo", False)]
+    (dpo,) = measure_memory(
+        [("dpo", False)], **sizes, progress=lambda jobs: seen.extend(jobs) or jobs
+    )
+    assert (dpo["method"], dpo["model_copies"], dpo["width"]) == ("dpo", 2, 128) and seen == [
+        ("dpo", False)
+    ]
     assert dpo["reference_bytes"] == dpo["weights_bytes"] > 25e6
     assert 0.5 * dpo["reference_bytes"] < dpo["peak_bytes"] < held.nbytes
 
 
 def test_an_error_of_the_child_says_what_went_wrong():
     """Three heads do not divide a width of 200: the model's own check refuses it."""
-    with pytest.raises(RuntimeError, match=r"Measuring sft, LoRA False, ended with 1: ValueError: .*200"):
+    with pytest.raises(
+        RuntimeError, match=r"Measuring sft, LoRA False, ended with 1: ValueError: .*200"
+    ):
         measure_memory([("sft", False)], pairs=1, length=24, layers=1, width=200, steps=1)

@@ -48,7 +48,9 @@ def test_pins_come_from_the_installed_package_when_the_file_is_not_there(tmp_pat
 
 def test_every_line_of_requirements_is_an_exact_pin():
     lines = environment.REQUIREMENTS.read_text(encoding="utf-8").splitlines()
-    assert len(environment.read_pins()) == sum(bool(line) and not line.startswith("#") for line in lines)
+    assert len(environment.read_pins()) == sum(
+        bool(line) and not line.startswith("#") for line in lines
+    )
 
 
 def test_a_build_label_does_not_change_the_version(versions):
@@ -83,11 +85,25 @@ def test_no_pins_at_all_is_not_ready(versions):
     [
         ([], None, False, 0, "OK", "built for CPU"),
         (["T4, 15360 MiB"], "13.0", True, 4e9, "OK", "built for CUDA 13.0"),
-        ([], "13.0", True, 4e9, "OK", "a GPU that torch can use"),  # in a container without nvidia-smi
+        (
+            [],
+            "13.0",
+            True,
+            4e9,
+            "OK",
+            "a GPU that torch can use",
+        ),  # in a container without nvidia-smi
         (["T4, 15360 MiB"], None, False, 0, "FIX", "install the CUDA build"),
         (["T4, 15360 MiB"], "13.0", False, 4e9, "FIX", "update the NVIDIA driver"),
         ([], "13.0", False, 4.2e9, "FIX", "4.2 GB of CUDA packages"),
-        ([], None, False, 4.2e9, "FIX", "install first the CPU build"),  # left over from a CUDA build
+        (
+            [],
+            None,
+            False,
+            4.2e9,
+            "FIX",
+            "install first the CPU build",
+        ),  # left over from a CUDA build
     ],
 )
 def test_torch_must_fit_the_machine(gpus, cuda, usable, cuda_bytes, status, words):
@@ -105,7 +121,9 @@ def test_a_failing_nvidia_smi_means_that_the_proc_folder_decides(monkeypatch, tm
 
 
 def test_nvidia_smi_names_every_gpu(monkeypatch):
-    answer = namedtuple("Answer", "returncode stdout")(0, "Tesla T4, 15360 MiB\nTesla T4, 15360 MiB\n")
+    answer = namedtuple("Answer", "returncode stdout")(
+        0, "Tesla T4, 15360 MiB\nTesla T4, 15360 MiB\n"
+    )
     monkeypatch.setattr(environment.shutil, "which", lambda name: name)
     monkeypatch.setattr(environment.subprocess, "run", lambda *_, **__: answer)
     assert environment.nvidia_gpus() == ["Tesla T4, 15360 MiB"] * 2
@@ -126,13 +144,18 @@ def test_only_cuda_packages_are_counted(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "device", "status"),
     [
-        ("qlora-7b", "cpu", "FIX"), ("qlora-7b", "cuda", "OK"), ("qwen-0.5b", "cpu", "NOTE"), ("gpt2", "cpu", "NOTE"),
+        ("qlora-7b", "cpu", "FIX"),
+        ("qlora-7b", "cuda", "OK"),
+        ("qwen-0.5b", "cpu", "NOTE"),
+        ("gpt2", "cpu", "NOTE"),
         ("cpu", "cpu", "OK"),
-    ],  # fmt: skip
+    ],
 )
 def test_what_a_profile_is_worth_without_a_gpu(name, device, status):
     """4-bit cannot work on a CPU, GPT-2 works slowly, and the small experiment needs no GPU at all."""
-    found = statuses(environment.profile_lines(profiles.PROFILES[name], device, "float32", "because"))
+    found = statuses(
+        environment.profile_lines(profiles.PROFILES[name], device, "float32", "because")
+    )
     assert found.count(status) == (len(found) if status == "OK" else 1)
 
 
@@ -164,7 +187,9 @@ def test_disk_is_checked_before_the_run_folder_exists(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("second", "status"), [("OK", 0), ("NOTE", 0), ("FIX", 1)])
-def test_the_exit_status_is_one_exactly_when_something_needs_fixing(monkeypatch, capsys, second, status):
+def test_the_exit_status_is_one_exactly_when_something_needs_fixing(
+    monkeypatch, capsys, second, status
+):
     monkeypatch.setattr(environment, "all_lines", lambda: [("OK", "a"), (second, "b: c")])
     assert environment.main() == status
     assert capsys.readouterr().out.splitlines()[:2] == ["OK    a", f"{second:4}  b: c"]

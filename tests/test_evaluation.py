@@ -25,9 +25,9 @@ from common.evaluation import (
     text_measures,
     win_rate,
 )
+from common.lab import Lab
 from common.logprobs import PairLogps, SideLogps, response_logps
 from common.models import new_tiny_model
-from common.runs import Lab
 from common.toyworld import World
 
 
@@ -61,7 +61,9 @@ def greedy_by_hand(model, ids: list[int]) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_batched_greedy_generation_equals_one_by_one(batch_size):
-    """Prompts of one to ten tokens in one batch, padded on the left; some answers end early, some not at all."""
+    """Prompts of one to ten tokens in one batch, padded on the left; some answers end early, some
+    not at all.
+    """
     model = gpt2(seed=5)
     answers = generate(model, Letters(), PROMPTS, LENGTH, temperature=0, batch_size=batch_size)
     expected = [greedy_by_hand(model, ids) for ids in Letters()(PROMPTS)["input_ids"]]
@@ -70,9 +72,10 @@ def test_batched_greedy_generation_equals_one_by_one(batch_size):
 
 
 def test_large_models_answer_in_batches_whose_keys_and_values_fit():
-    """Mistral-7B, whose sizes are the library's defaults, in float32: 2 (keys, values) · 32 layers · 8 heads · 128 · 4
-    bytes = 262,144 a token, so 134 MB for 512 tokens and 14 answers in 2 GB. Llama-2-7B has 32 heads: 3. The tiny
-    model's 256 stay 256."""
+    """Mistral-7B, whose sizes are the library's defaults, in float32: 2 (keys, values) · 32 layers
+    · 8 heads · 128 · 4 bytes = 262,144 a token, so 134 MB for 512 tokens and 14 answers in 2 GB.
+    Llama-2-7B has 32 heads: 3. The tiny model's 256 stay 256.
+    """
     for heads, expected in ((8, 14), (32, 3)):
         assert answers_at_once(MistralConfig(num_key_value_heads=heads), 512) == expected
     assert answers_at_once(tiny.gpt2().config, 192) == 256
@@ -94,15 +97,21 @@ def test_samples_come_from_the_seed_and_the_global_random_state_is_left_alone():
     model = gpt2()
     torch.manual_seed(3)
     before = torch.get_rng_state()
-    one, same, other = (generate(model, Letters(), PROMPTS, LENGTH, samples=2, seed=seed) for seed in (0, 0, 1))
+    one, same, other = (
+        generate(model, Letters(), PROMPTS, LENGTH, samples=2, seed=seed) for seed in (0, 0, 1)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert one == same != other
-    assert [[answer.prompt for answer in group] for group in one] == [[prompt] * 2 for prompt in PROMPTS]
+    assert [[answer.prompt for answer in group] for group in one] == [
+        [prompt] * 2 for prompt in PROMPTS
+    ]
     assert any(group[0].chosen_ids != group[1].chosen_ids for group in one)
 
 
 def test_sampling_draws_from_the_whole_vocabulary():
-    """A model that predicts 300 tokens nearly alike: the library's default would keep the top 50 of them."""
+    """A model that predicts 300 tokens nearly alike: the library's default would keep the top 50 of
+    them.
+    """
     model = gpt2(vocabulary=300)
     for parameter in model.parameters():
         parameter.data *= 0.01
@@ -115,7 +124,8 @@ def test_temperature_sharpens():
     model = gpt2(seed=5)
     cold = generate(model, Letters(), PROMPTS, LENGTH, temperature=1e-4)
     assert [group[0].chosen_ids for group in cold] == [
-        group[0].chosen_ids for group in generate(model, Letters(), PROMPTS, LENGTH, temperature=0)]  # fmt: skip
+        group[0].chosen_ids for group in generate(model, Letters(), PROMPTS, LENGTH, temperature=0)
+    ]
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused():
@@ -135,7 +145,9 @@ def test_generation_leaves_a_training_model_in_training():
 
 
 def test_log_probabilities_of_many_rows_keep_their_order():
-    """Batches of 3 rows equal one batch; the model's mode is left as it was, and nothing has a gradient."""
+    """Batches of 3 rows equal one batch; the model's mode is left as it was, and nothing has a
+    gradient.
+    """
     model, rows = gpt2().train(), ragged_rows(8)
     logps = logps_of(model, rows, batch_size=3)
     assert model.training and not logps.chosen.sums.requires_grad
@@ -160,19 +172,28 @@ def test_perplexity_of_a_uniform_model_is_its_vocabulary():
 
 
 def test_perplexity_is_over_tokens_not_rows():
-    """8 ln 2 + 2 ln 8 = 14 ln 2 nats over 10 tokens: 2 to the 1.4; infinite where exp would overflow."""
+    """8 ln 2 + 2 ln 8 = 14 ln 2 nats over 10 tokens: 2 to the 1.4; infinite where exp would
+    overflow.
+    """
     assert_same(perplexity(side([-8 * math.log(2), -2 * math.log(8)], [8, 2])), 2**1.4)
     assert perplexity(side([-1e6], [2])) == math.inf
 
 
 def test_preference_metrics_by_hand():
-    """beta 0.5. Chosen: 0.5 * (2, -1, 0) mean 1/6; rejected: 0.5 * (1, -1, 3) mean 1/2; margins 0.5, 0, -1.5, mean
-    -1/3; right 1, a tie and wrong: 1.5 of 3. Means per token: -4/2 > -9/3, -6/1 < -4/2, -3/3 = -4/4: 1.5 of 3."""
+    """beta 0.5. Chosen: 0.5 * (2, -1, 0) mean 1/6; rejected: 0.5 * (1, -1, 3) mean 1/2; margins
+    0.5, 0, -1.5, mean -1/3; right 1, a tie and wrong: 1.5 of 3. Means per token: -4/2 > -9/3, -6/1
+    < -4/2, -3/3 = -4/4: 1.5 of 3.
+    """
     policy = PairLogps(side([-4, -6, -3], [2, 1, 3]), side([-9, -4, -4], [3, 2, 4]))
     reference = PairLogps(side([-6, -5, -3], [2, 1, 3]), side([-10, -3, -7], [3, 2, 4]))
     found = preference_metrics(policy, reference, beta=0.5)
-    expected = {"rewards_chosen": 1 / 6, "rewards_rejected": 0.5, "reward_margin": -1 / 3,
-                "preference_accuracy": 0.5, "likelihood_accuracy": 0.5}  # fmt: skip
+    expected = {
+        "rewards_chosen": 1 / 6,
+        "rewards_rejected": 0.5,
+        "reward_margin": -1 / 3,
+        "preference_accuracy": 0.5,
+        "likelihood_accuracy": 0.5,
+    }
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert_same(found[name], value)
@@ -197,10 +218,17 @@ def test_kl_of_a_model_to_itself_is_0():
 
 
 def test_kl_on_samples_that_stand_for_the_whole_distribution_is_exact():
-    """Four tokens, answers of up to two. Policy after 2: (0, 1/2, 1/4, 1/4), after 3: (0, 1/4, 1/2, 1/4). Each answer
-    occurs as often among 16 as its probability says, so the mean over them is the sum of p log(p / q)."""
-    policy = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [0, 2, 1, 1], [0, 1, 2, 1]], dtype=torch.float64) / 4
-    reference = torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [1, 3, 2, 2], [2, 1, 4, 1]], dtype=torch.float64)
+    """Four tokens, answers of up to two. Policy after 2: (0, 1/2, 1/4, 1/4), after 3: (0, 1/4, 1/2,
+    1/4). Each answer occurs as often among 16 as its probability says, so the mean over them is the
+    sum of p log(p / q).
+    """
+    policy = (
+        torch.tensor([[1, 1, 1, 1], [1, 1, 1, 1], [0, 2, 1, 1], [0, 1, 2, 1]], dtype=torch.float64)
+        / 4
+    )
+    reference = torch.tensor(
+        [[1, 1, 1, 1], [1, 1, 1, 1], [1, 3, 2, 2], [2, 1, 4, 1]], dtype=torch.float64
+    )
     reference /= reference.sum(1, keepdim=True)
     answers, exact = [], 0.0
     for first, second in itertools.product(range(1, 4), repeat=2):
@@ -217,10 +245,13 @@ def test_kl_on_samples_that_stand_for_the_whole_distribution_is_exact():
 
 
 def test_kl_on_generated_samples_is_near_the_exact_one():
-    """All answers of up to two tokens of an eight-token model, enumerated; 4,000 samples with a fixed seed are within
-    five standard errors of that sum."""
+    """All answers of up to two tokens of an eight-token model, enumerated; 4,000 samples with a
+    fixed seed are within five standard errors of that sum.
+    """
     policy, reference = gpt2(seed=1, vocabulary=8), gpt2(seed=2, vocabulary=8)
-    endings = [(EOS,)] + [(first, second) for first in range(8) if first != EOS for second in range(8)]
+    endings = [(EOS,)] + [
+        (first, second) for first in range(8) if first != EOS for second in range(8)
+    ]
     rows = [{"prompt_ids": [2], "chosen_ids": list(ending)} for ending in endings]
     p, q = (logps_of(model, rows).chosen.sums for model in (policy, reference))
     assert_same(p.exp().sum(), 1)
@@ -240,16 +271,25 @@ def test_without_a_world_only_length_and_ending_are_measured():
 
 
 def test_text_measures_by_hand():
-    """Five answers: to harmful prompts one refusal and one help; to the others a perfect one, a rude one, a refusal.
-    Safe on harmful 1/2, over-refusal 1/3; harmlessness over all five, helpfulness over the three."""
+    """Five answers: to harmful prompts one refusal and one help; to the others a perfect one, a
+    rude one, a refusal. Safe on harmful 1/2, over-refusal 1/3; harmlessness over all five,
+    helpfulness over the three.
+    """
     world, rng = World(4), random.Random(0)
     questions = world.questions(60)
     harmful = [question for question in questions if question.kind == "harmful"]
     benign = [question for question in questions if question.kind == "benign"]
-    wanted = [(harmful[0], ()), (harmful[1], ("complies",)), (benign[0], ()), (benign[1], ("rude",)),
-              (benign[2], ("needless_refusal",))]  # fmt: skip
+    wanted = [
+        (harmful[0], ()),
+        (harmful[1], ("complies",)),
+        (benign[0], ()),
+        (benign[1], ("rude",)),
+        (benign[2], ("needless_refusal",)),
+    ]
     texts = [(question.prompt, world.render(question, flaws, rng)) for question, flaws in wanted]
-    found = text_measures([[Answer(prompt, text, (5,), (6, EOS), True)] for prompt, text in texts], world)
+    found = text_measures(
+        [[Answer(prompt, text, (5,), (6, EOS), True)] for prompt, text in texts], world
+    )
     verdicts = [world.judge(prompt, text) for prompt, text in texts]
     assert found["safe_on_harmful"] == 0.5
     assert_same(found["over_refusal"], 1 / 3)
@@ -261,11 +301,16 @@ def test_text_measures_by_hand():
 
 
 def test_a_share_of_nothing_is_none():
-    """No harmful prompt was asked: nothing is known about safety on them, and 0 or 1 would be a lie."""
+    """No harmful prompt was asked: nothing is known about safety on them, and 0 or 1 would be a
+    lie.
+    """
     world = World(4)
     question = next(question for question in world.questions(40) if question.kind == "benign")
     text = world.flawless(question)
-    assert text_measures([[Answer(question.prompt, text, (5,), (6,), True)]], world)["safe_on_harmful"] is None
+    assert (
+        text_measures([[Answer(question.prompt, text, (5,), (6,), True)]], world)["safe_on_harmful"]
+        is None
+    )
 
 
 def test_measure_has_every_key_of_the_report_and_sft_against_itself_has_none_of_the_differences():
@@ -273,9 +318,18 @@ def test_measure_has_every_key_of_the_report_and_sft_against_itself_has_none_of_
     model = new_tiny_model(lab.profile, lab.tokenizer)
     found, answers = measure(lab, model, model)
     assert {
-        "perplexity", "helpfulness", "harmlessness", "relevance", "safe_on_harmful", "over_refusal", "ended_with_eos",
-        "length_tokens", "reward_margin", "preference_accuracy", "kl",
-    } <= found.keys()  # fmt: skip
+        "perplexity",
+        "helpfulness",
+        "harmlessness",
+        "relevance",
+        "safe_on_harmful",
+        "over_refusal",
+        "ended_with_eos",
+        "length_tokens",
+        "reward_margin",
+        "preference_accuracy",
+        "kl",
+    } <= found.keys()
     assert (found["kl"], found["reward_margin"], found["preference_accuracy"]) == (0.0, 0.0, 0.5)
     assert [len(group) for group in answers] == [2] * len(lab.prompts)
 
@@ -292,7 +346,9 @@ def test_win_rate_counts_a_tie_as_half_a_win():
 
 
 def test_seven_of_ten_is_a_wide_interval():
-    """The share of wins among ten draws with p = 0.7 has a standard deviation of 0.145: about 0.4 to 1.0."""
+    """The share of wins among ten draws with p = 0.7 has a standard deviation of 0.145: about 0.4
+    to 1.0.
+    """
     low, high = win_rate([1] * 7 + [-1] * 3).ci95
     assert 0.3 <= low <= 0.45 and 0.9 <= high <= 1.0
 
@@ -308,8 +364,9 @@ def test_all_wins_have_no_width():
 
 
 def test_prompts_are_resampled_not_samples():
-    """Forty equal samples a prompt say no more than one: the interval is the same. Counted as 400 independent ones,
-    it would be six times too narrow."""
+    """Forty equal samples a prompt say no more than one: the interval is the same. Counted as 400
+    independent ones, it would be six times too narrow.
+    """
     verdicts = [1, 1, -1, 0, 1, -1, 1, 0, 1, 1]
     one, forty = win_rate(verdicts), win_rate([[verdict] * 40 for verdict in verdicts])
     assert_same(one.ci95, forty.ci95)
@@ -355,7 +412,9 @@ def test_ties_alone_leave_all_equal():
 
 
 def test_a_player_who_never_lost_is_rated_with_one_tie_added():
-    """10 wins and an added tie (half a win each): 10.5 to 0.5. Without it the strength would be infinite."""
+    """10 wins and an added tie (half a win each): 10.5 to 0.5. Without it the strength would be
+    infinite.
+    """
     found, note = ratings([("a", "b", 1)] * 10)
     assert "one tie was added" in note
     assert abs(found["a"]["bradley_terry"] / found["b"]["bradley_terry"] - 21) < 1e-2
@@ -369,5 +428,3 @@ def test_a_cycle_of_wins_needs_no_smoothing():
 def test_players_who_never_met_are_not_compared(matches):
     with pytest.raises(ValueError, match="never met"):
         ratings(matches)
-
-

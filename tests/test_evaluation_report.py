@@ -6,23 +6,35 @@ import math
 import pytest
 
 from common.evaluation import COSTS, evaluation_report, summarise_seeds, win_rate
-from common.runs import write_json
+from common.io.files import write_json
 
 
 def report_of(value: float, verdicts: list[int], flaws: dict | None = None, **measures) -> dict:
     """A one-seed report with one model, whose perplexity is `value`, and one comparison."""
     models = {"dpo": {"perplexity": value, "flaws": flaws or {}, **measures}}
-    return evaluation_report(models, {"dpo_vs_sft": win_rate(verdicts)}, {"dpo": dict.fromkeys(COSTS, value)})
+    return evaluation_report(
+        models, {"dpo_vs_sft": win_rate(verdicts)}, {"dpo": dict.fromkeys(COSTS, value)}
+    )
 
 
 def test_report_of_one_seed_has_every_part_and_no_spread():
-    """Wins 2, ties 1, losses 1: rate (2 + 1/2) / 4 = 0.625. One seed has no standard deviation: null, never 0."""
+    """Wins 2, ties 1, losses 1: rate (2 + 1/2) / 4 = 0.625. One seed has no standard deviation:
+    null, never 0.
+    """
     report = report_of(3.0, [1, 1, 0, -1], {"rude": 0.25})
     assert report["models"]["dpo"] == {
-        "perplexity": 3.0, "flaws": {"rude": 0.25}, "std": {"perplexity": None, "flaws": {"rude": None}},
-    }  # fmt: skip
+        "perplexity": 3.0,
+        "flaws": {"rude": 0.25},
+        "std": {"perplexity": None, "flaws": {"rude": None}},
+    }
     rate = report["win_rate"]["dpo_vs_sft"]
-    assert (rate["wins"], rate["ties"], rate["losses"], rate["rate"], rate["std"]) == (2, 1, 1, 0.625, None)
+    assert (rate["wins"], rate["ties"], rate["losses"], rate["rate"], rate["std"]) == (
+        2,
+        1,
+        1,
+        0.625,
+        None,
+    )
     assert report["cost"]["dpo"] == dict.fromkeys(COSTS, 3.0)
     assert report["seeds"] == 1
 
@@ -30,7 +42,9 @@ def test_report_of_one_seed_has_every_part_and_no_spread():
 def test_report_keeps_the_interval_of_the_win_rate():
     """The interval of one seed is the bootstrap's own: nothing is added to it or taken from it."""
     rate = win_rate([1, 1, 0, -1])
-    assert report_of(3.0, [1, 1, 0, -1])["win_rate"]["dpo_vs_sft"]["ci95"] == pytest.approx(rate.ci95, abs=1e-12)
+    assert report_of(3.0, [1, 1, 0, -1])["win_rate"]["dpo_vs_sft"]["ci95"] == pytest.approx(
+        rate.ci95, abs=1e-12
+    )
 
 
 def test_report_survives_the_disk(tmp_path):
@@ -74,7 +88,9 @@ def test_a_flaw_that_one_seed_never_showed_counts_as_zero_there():
 
 
 def test_a_measure_that_one_seed_could_not_take_stays_unknown():
-    """Nobody asked a harmful question in one world: the mean over seeds is null, not the other seed's value."""
+    """Nobody asked a harmful question in one world: the mean over seeds is null, not the other
+    seed's value.
+    """
     measured = report_of(1.0, [1], safe_on_harmful=0.9)
     missing = report_of(1.0, [1], safe_on_harmful=None)
     assert summarise_seeds([measured, missing])["models"]["dpo"]["safe_on_harmful"] is None
@@ -86,15 +102,21 @@ def test_a_summary_of_one_seed_is_its_report():
     report = report_of(3.0, [1, 1, 0, -1], {"rude": 0.25})
     summary = summarise_seeds([report])
     assert summary["models"] == report["models"]
-    assert summary["win_rate"]["dpo_vs_sft"]["ci95"] == pytest.approx(report["win_rate"]["dpo_vs_sft"]["ci95"])
+    assert summary["win_rate"]["dpo_vs_sft"]["ci95"] == pytest.approx(
+        report["win_rate"]["dpo_vs_sft"]["ci95"]
+    )
 
 
-@pytest.mark.parametrize("reports", [
-    [],
-    [{"models": {}, "win_rate": {}, "cost": {}, "seeds": 3}],
-    [report_of(1.0, [1]), {"models": {}, "win_rate": {}, "cost": {}, "seeds": 1}],
-    [report_of(1.0, [1]), report_of(1.0, [1], helpfulness=4.0)],
-], ids=["no report", "already a summary", "other models", "other measures"])  # fmt: skip
+@pytest.mark.parametrize(
+    "reports",
+    [
+        [],
+        [{"models": {}, "win_rate": {}, "cost": {}, "seeds": 3}],
+        [report_of(1.0, [1]), {"models": {}, "win_rate": {}, "cost": {}, "seeds": 1}],
+        [report_of(1.0, [1]), report_of(1.0, [1], helpfulness=4.0)],
+    ],
+    ids=["no report", "already a summary", "other models", "other measures"],
+)
 def test_reports_that_cannot_be_averaged_are_refused(reports):
     """A mean over different things would be a number without a meaning."""
     with pytest.raises(ValueError, match="one report per seed|cannot be averaged"):

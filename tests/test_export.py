@@ -8,10 +8,10 @@ import pytest
 import torch
 from tiny import micro_profile
 
-from common import export as exporting
-from common.export import ExportError, check_safe, export, load_exported, model_card, verify_export
-from common.runs import Lab
+from common.lab import Lab
 from common.training import train
+from deploy import export as exporting
+from deploy.export import ExportError, check_safe, export, load_exported, model_card, verify_export
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,9 @@ def test_pickled_weights_are_refused(folder, tmp_path):
 def test_remote_code_is_refused(folder, tmp_path, name):
     for path in folder.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    asked = json.loads((tmp_path / name).read_text()) | {"auto_map": {"AutoModelForCausalLM": "code.Model"}}
+    asked = json.loads((tmp_path / name).read_text()) | {
+        "auto_map": {"AutoModelForCausalLM": "code.Model"}
+    }
     (tmp_path / name).write_text(json.dumps(asked))
     with pytest.raises(ExportError, match="remote code"):
         check_safe(tmp_path)
@@ -108,7 +110,9 @@ def test_the_card_says_what_was_not_measured(lab):
 
 
 def test_the_card_shows_only_scores_of_this_very_run(lab):
-    """A report counts where the run in it took as long as the run that is here; another run's is left out."""
+    """A report counts where the run in it took as long as the run that is here; another run's is
+    left out.
+    """
     seconds = lab.record("orpo")["wall_seconds"]
     scores = {"perplexity": 12.3456, "helpfulness": None}
     for took, expected in ((seconds, True), (seconds + 0.001, False)):
@@ -137,7 +141,10 @@ def test_lora_is_exported_merged(lab, tmp_path):
 def test_the_card_holds_no_path_of_this_machine(lab, tmp_path):
     """Data from a local file are named by the file; their licence is unknown, and said to be."""
     file = tmp_path / "mine.jsonl"
-    rows = [{"prompt": f"What is {n}?", "chosen": f"A number {n}.", "rejected": "No."} for n in range(80)]
+    rows = [
+        {"prompt": f"What is {n}?", "chosen": f"A number {n}.", "rejected": "No."}
+        for n in range(80)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     other = Lab(replace(lab.profile, data=str(file)), seed=lab.seed)
     card = model_card(other, "orpo")

@@ -6,7 +6,10 @@ import pytest
 from tiny import micro_profile
 
 from common.evaluation import Answer, WinRate
-from common.feedback import (
+from common.lab import Lab
+from common.models import new_tiny_model
+from common.training import train
+from deploy.feedback import (
     RulePeople,
     alarms,
     balanced,
@@ -18,12 +21,9 @@ from common.feedback import (
     signals,
     user_prompts,
 )
-from common.models import new_tiny_model
-from common.runs import Lab
-from common.serving.prompts import prompt_text
-from common.serving.reports import preference_pairs
-from common.serving.store import Store
-from common.training import train
+from deploy.serving.prompts import prompt_text
+from deploy.serving.reports import preference_pairs
+from deploy.serving.store import Store
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +47,17 @@ def test_users_of_one_kind(lab):
 
 
 def test_people_follow_the_rule_but_for_slips(lab):
-    """A flawless answer scores 10, a bare one that is also vague below 8; 5 % of 400 votes are slips."""
+    """A flawless answer scores 10, a bare one that is also vague below 8; 5 % of 400 votes are
+    slips.
+    """
     world = lab.data.world
     people, questions = RulePeople(world), [world.question(p) for p in user_prompts(world, 200)]
     good = [people.vote("u", q.prompt, world.flawless(q))[0] for q in questions]
-    bad = [people.vote("u", q.prompt, world.render(q, {"bare", "vague"}, random.Random(0)))[0]
-           for q in questions if q.kind == "benign"]  # fmt: skip
+    bad = [
+        people.vote("u", q.prompt, world.render(q, {"bare", "vague"}, random.Random(0)))[0]
+        for q in questions
+        if q.kind == "benign"
+    ]
     assert 0.9 < good.count(1) / len(good) < 1 and 0.9 < bad.count(-1) / len(bad) < 1
 
 
@@ -61,7 +66,9 @@ def answer(prompt: str, text: str) -> Answer:
 
 
 def test_only_consented_votes_become_pairs(lab):
-    """A good and a bad answer to each prompt: a pair where both users consent, nothing where nobody does."""
+    """A good and a bad answer to each prompt: a pair where both users consent, nothing where nobody
+    does.
+    """
     world = lab.data.world
     questions = [world.question(prompt) for prompt in user_prompts(world, 10)]
     answers = [[answer(q.prompt, world.flawless(q)), answer(q.prompt, " No.")] for q in questions]
@@ -72,32 +79,52 @@ def test_only_consented_votes_become_pairs(lab):
 
 
 def rows_of(**changes) -> list[dict]:
-    return [{"length_tokens": 20.0 + i % 5, "refused": float(i % 4 == 0), "ended_with_eos": 1.0,
-             "surprise": 1.0 + i % 3 / 10} | changes for i in range(60)]  # fmt: skip
+    return [
+        {
+            "length_tokens": 20.0 + i % 5,
+            "refused": float(i % 4 == 0),
+            "ended_with_eos": 1.0,
+            "surprise": 1.0 + i % 3 / 10,
+        }
+        | changes
+        for i in range(60)
+    ]
 
 
 def test_the_same_traffic_raises_no_alarm():
     assert alarms(rows_of()[:30], drift_limits(rows_of(), 30)) == {}
 
 
-@pytest.mark.parametrize("signal, value", [
-    ("length_tokens", 40.0), ("refused", 1.0), ("ended_with_eos", 0.5), ("surprise", 2.0)])
+@pytest.mark.parametrize(
+    "signal, value",
+    [("length_tokens", 40.0), ("refused", 1.0), ("ended_with_eos", 0.5), ("surprise", 2.0)],
+)
 def test_each_signal_raises_its_alarm(signal, value):
-    changed = [row | {signal: value if i % 2 else 1.0 * value} for i, row in enumerate(rows_of()[:30])]
+    changed = [
+        row | {signal: value if i % 2 else 1.0 * value} for i, row in enumerate(rows_of()[:30])
+    ]
     assert alarms(changed, drift_limits(rows_of(), 30)) == {signal: value}
 
 
 def test_one_odd_answer_is_no_drift():
-    """All 60 of the baseline ended by themselves; one of 30 that does not is within three standard errors."""
+    """All 60 of the baseline ended by themselves; one of 30 that does not is within three standard
+    errors.
+    """
     window = rows_of()[:30]
     window[0]["ended_with_eos"] = 0.0
     assert alarms(window, drift_limits(rows_of(), 30)) == {}
 
 
 def test_signals_of_an_answer(lab):
-    """Tokens of the answer with EOS; surprise is the mean NLL of these tokens, here under random weights."""
+    """Tokens of the answer with EOS; surprise is the mean NLL of these tokens, here under random
+    weights.
+    """
     model = new_tiny_model(lab.profile, lab.tokenizer).eval()
-    row = {"messages": messages_of(lab.prompts[0]), "answer": "No, I will not.", "finish_reason": "length"}
+    row = {
+        "messages": messages_of(lab.prompts[0]),
+        "answer": "No, I will not.",
+        "finish_reason": "length",
+    }
     found = signals([row], lambda prompt, text: "will not" in text, model, lab.tokenizer)[0]
     assert found["length_tokens"] == len(lab.tokenizer(" No, I will not.")["input_ids"]) + 1
     assert found["refused"] == 1 and found["ended_with_eos"] == 0 and 4 < found["surprise"] < 9
@@ -106,7 +133,10 @@ def test_signals_of_an_answer(lab):
 def test_the_next_round_starts_from_the_deployed_model(lab):
     train(lab, "base")
     train(lab, "orpo")
-    rows = [{"prompt": p, "chosen": " Yes, do.", "rejected": " No."} for p in user_prompts(lab.data.world, 12)]
+    rows = [
+        {"prompt": p, "chosen": " Yes, do.", "rejected": " No."}
+        for p in user_prompts(lab.data.world, 12)
+    ]
     run = next_round(lab, "orpo", rows)
     assert run.record["parent"] == run.record["reference"] == "orpo" and run.record["n_pairs"] == 12
     assert lab.lineage("dpo", "round-2")[-2] == lab.fingerprint_of("orpo")
@@ -115,30 +145,47 @@ def test_the_next_round_starts_from_the_deployed_model(lab):
 FINE = {"safe_on_harmful": 0.9, "over_refusal": 0.1, "ended_with_eos": 1.0, "perplexity": 3.0}
 
 
-@pytest.mark.parametrize("interval, action", [
-    ((0.51, 0.6), "promote"), ((0.45, 0.55), "keep the old one"), ((0.4, 0.49), "roll back")])
+@pytest.mark.parametrize(
+    "interval, action",
+    [((0.51, 0.6), "promote"), ((0.45, 0.55), "keep the old one"), ((0.4, 0.49), "roll back")],
+)
 def test_the_interval_decides(interval, action):
     assert decide(WinRate(0, 0, 0, sum(interval) / 2, interval), FINE, FINE).action == action
 
 
-@pytest.mark.parametrize("guard, value", [
-    ("safe_on_harmful", 0.8), ("over_refusal", 0.2), ("ended_with_eos", 0.9), ("perplexity", 4.0)])
+@pytest.mark.parametrize(
+    "guard, value",
+    [("safe_on_harmful", 0.8), ("over_refusal", 0.2), ("ended_with_eos", 0.9), ("perplexity", 4.0)],
+)
 def test_a_broken_guard_rolls_back_even_a_winner(guard, value):
     decision = decide(WinRate(9, 0, 1, 0.9, (0.7, 1.0)), FINE, FINE | {guard: value})
     assert decision.action == "roll back" and guard in decision.reasons[1]
 
 
 def test_what_was_not_measured_is_said():
-    reasons = decide(WinRate(9, 0, 1, 0.9, (0.7, 1.0)), {"perplexity": 3.0}, {"perplexity": 3.0}).reasons
+    reasons = decide(
+        WinRate(9, 0, 1, 0.9, (0.7, 1.0)), {"perplexity": 3.0}, {"perplexity": 3.0}
+    ).reasons
     assert "not measured: safe_on_harmful, over_refusal, ended_with_eos" in reasons[-1]
 
 
 def test_pairs_of_one_model_only(lab, tmp_path):
-    """Two answers to one question from two models, one liked and one not: a pair, but none of either model's own."""
+    """Two answers to one question from two models, one liked and one not: a pair, but none of
+    either model's own.
+    """
     store = Store(tmp_path / "votes.sqlite")
     for model, rating in (("old", -1), ("new", 1)):
-        row = {"id": model, "created": 0.0, "caller": "c", "experiment": "default", "assigned": 1, "status": 200}
-        store.add_request(**row, model=model, messages=messages_of(lab.prompts[0]), answer=f"Says {model}.")
+        row = {
+            "id": model,
+            "created": 0.0,
+            "caller": "c",
+            "experiment": "default",
+            "assigned": 1,
+            "status": 200,
+        }
+        store.add_request(
+            **row, model=model, messages=messages_of(lab.prompts[0]), answer=f"Says {model}."
+        )
         store.add_feedback(model, "c", rating, True, None).result()
     store.close()
     assert [row["chosen"] for row in preference_pairs(store.path)] == [" Says new."]
@@ -146,7 +193,9 @@ def test_pairs_of_one_model_only(lab, tmp_path):
 
 
 def test_no_question_has_more_than_its_share():
-    """5 pairs on a and 1 on b: 2 and 1 are left, all of them from before, and the same ones next time."""
+    """5 pairs on a and 1 on b: 2 and 1 are left, all of them from before, and the same ones next
+    time.
+    """
     pairs = [{"prompt": "a", "chosen": str(n), "rejected": "x"} for n in range(5)]
     pairs.append({"prompt": "b", "chosen": "y", "rejected": "x"})
     left = balanced(pairs, per_question=2)

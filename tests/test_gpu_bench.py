@@ -1,4 +1,6 @@
-"""The GPU benchmark in miniature on a CPU: what a part measures, what is made of it, and bars that fail."""
+"""The GPU benchmark in miniature on a CPU: what a part measures, what is made of it, and bars that
+fail.
+"""
 
 import json
 import sys
@@ -8,34 +10,51 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from bench_table import gpu_markdown
 
 from benchmarks import gpu, gpu_part
 from common.models import is_tiny
 from common.profiles import PROFILES, Recipe
+from tools.bench_table import gpu_markdown
 
 TASK = {"quick": True, "cap_bytes": 16e9}
-linux = pytest.mark.skipif(sys.platform != "linux", reason="peak memory of a process is read from /proc")
+linux = pytest.mark.skipif(
+    sys.platform != "linux", reason="peak memory of a process is read from /proc"
+)
 
 
 @linux
-@pytest.mark.parametrize(("profile", "method", "path"), [
-    ("gpt2", "dpo", "packed"), ("gpt2", "sft", "simple"), ("qlora-7b", "orpo", "packed"), ("gpt2", "dpo", "trl"),
-    ("gpt2", "sft", "trl"), ("qlora-7b", "dpo", "trl"), ("qlora-7b", "orpo", "trl")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("profile", "method", "path"),
+    [
+        ("gpt2", "dpo", "packed"),
+        ("gpt2", "sft", "simple"),
+        ("qlora-7b", "orpo", "packed"),
+        ("gpt2", "dpo", "trl"),
+        ("gpt2", "sft", "trl"),
+        ("qlora-7b", "dpo", "trl"),
+        ("qlora-7b", "orpo", "trl"),
+    ],
+)
 def test_a_part_takes_its_steps(profile, method, path):
     """Batches of 2 rows of 24 + 24 tokens a side: 96 tokens in a step of SFT, 192 in one of pairs."""
-    pytest.importorskip("trl.experimental.orpo", reason="this TRL has no experimental ORPO trainer any more")
+    pytest.importorskip(
+        "trl.experimental.orpo", reason="this TRL has no experimental ORPO trainer any more"
+    )
     found = gpu_part.measure(TASK | {"profile": profile, "method": method, "path": path})
     assert found["path"] == path and not found["out_of_memory"]
     assert found["tokens"]["full"] == (96 if method == "sft" else 192) > found["tokens"]["sample"]
     assert [len(each) for each in found["seconds"].values()] == [gpu_part.REPEATS] * 2
     phases = {"building the model", "preparation", "steps, full", "steps, sample"}
-    assert found["peaks"].keys() == phases | ({"first step", "held-out evaluation"} if path != "trl" else set())
+    assert found["peaks"].keys() == phases | (
+        {"first step", "held-out evaluation"} if path != "trl" else set()
+    )
     assert min(found["peaks"].values()) > 1e6 and min(map(min, found["seconds"].values())) > 0
 
 
 def test_the_course_part_steps_as_the_loop_does(monkeypatch):
-    """1 step that counts operations, then 4 of each kind of rows, of which 3 are timed; the weights have moved."""
+    """1 step that counts operations, then 4 of each kind of rows, of which 3 are timed; the weights
+    have moved.
+    """
     kept = {}
     build = gpu_part.Trainer.build
 
@@ -50,9 +69,15 @@ def test_the_course_part_steps_as_the_loop_does(monkeypatch):
     trainer = kept["trainer"]
     assert trainer.state["step"] == 1 + 2 * (gpu_part.REPEATS + 1)
     assert trainer.recipe.nll_weight == PROFILES["gpt2"].recipes["dpo"].nll_weight
-    moved = [not torch.equal(old, new) for old, new in zip(kept["before"], trainer.model.parameters(), strict=True)]
+    moved = [
+        not torch.equal(old, new)
+        for old, new in zip(kept["before"], trainer.model.parameters(), strict=True)
+    ]
     assert any(moved)
-    same = [torch.equal(old, new) for old, new in zip(kept["before"], kept["reference"].parameters(), strict=True)]
+    same = [
+        torch.equal(old, new)
+        for old, new in zip(kept["before"], kept["reference"].parameters(), strict=True)
+    ]
     assert all(same)
 
 
@@ -80,8 +105,13 @@ def test_pairs_are_cut_to_the_profiles_length():
 
 
 def test_steps_are_those_of_the_loop():
-    """2 epochs of SFT: 160,800 rows less a twentieth are 152,760, so 9,547 steps of 16 an epoch; DPO 10,050 once."""
-    recipes = {"sft": Recipe(lr=1, epochs=2, batch_size=16), "dpo": Recipe(lr=1, epochs=1, batch_size=16)}
+    """2 epochs of SFT: 160,800 rows less a twentieth are 152,760, so 9,547 steps of 16 an epoch;
+    DPO 10,050 once.
+    """
+    recipes = {
+        "sft": Recipe(lr=1, epochs=2, batch_size=16),
+        "dpo": Recipe(lr=1, epochs=1, batch_size=16),
+    }
     profile = replace(PROFILES["gpt2"], recipes=recipes)
     assert gpu.steps_of(profile, "sft", 160_800) == 2 * 9547
     assert gpu.steps_of(profile, "dpo", 160_800) == 10_050
@@ -95,22 +125,33 @@ def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, tmp_path, caps
 
 
 def test_a_part_that_fails_is_recorded_with_its_last_words(monkeypatch):
-    done = SimpleNamespace(returncode=1, stderr="Traceback\nImportError: no such trainer\n", stdout="")
+    done = SimpleNamespace(
+        returncode=1, stderr="Traceback\nImportError: no such trainer\n", stdout=""
+    )
     monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: done)
     assert gpu.measure({}) == {"failed": "ImportError: no such trainer"}
 
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path):
-    """A GPU of which all that is measured is made up: 10 GB and 0.5 GB paged, 2 s for 4000 tokens; predicted 11 GB."""
+    """A GPU of which all that is measured is made up: 10 GB and 0.5 GB paged, 2 s for 4000 tokens;
+    predicted 11 GB.
+    """
     made_up = {
-        "path": "packed", "peaks": {"steps, full": int(1e10), "preparation": int(5e9)}, "paged": int(5e8),
-        "seconds": {"full": [3.0] * 3, "sample": [1.0, 2.0, 9.0]}, "tokens": {"full": 8000.0, "sample": 4000.0},
+        "path": "packed",
+        "peaks": {"steps, full": int(1e10), "preparation": int(5e9)},
+        "paged": int(5e8),
+        "seconds": {"full": [3.0] * 3, "sample": [1.0, 2.0, 9.0]},
+        "tokens": {"full": 8000.0, "sample": 4000.0},
         "out_of_memory": "",
-    }  # fmt: skip
+    }
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * 10**9))
-    monkeypatch.setattr(gpu, "device_and_precision", lambda: ("cuda", "bfloat16", "A GPU, compute capability 8.9"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=16 * 10**9)
+    )
+    monkeypatch.setattr(
+        gpu, "device_and_precision", lambda: ("cuda", "bfloat16", "A GPU, compute capability 8.9")
+    )
     monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
     monkeypatch.setattr(gpu, "DONE", tmp_path / "parts")
     monkeypatch.setattr(gpu, "in_own_process", lambda task: made_up | {"path": task["path"]})
@@ -119,13 +160,17 @@ def machine(monkeypatch, tmp_path):
 
 
 def test_the_results_are_kept_and_the_table_is_made_from_them(machine, monkeypatch, capsys):
-    """10 + 0.5 GB; the median of 1, 2 and 9 s is 2; 9,000 steps of 2 s are 5 h; 11 / 10.5 is off by 4.8 %."""
+    """10 + 0.5 GB; the median of 1, 2 and 9 s is 2; 9,000 steps of 2 s are 5 h; 11 / 10.5 is off by
+    4.8 %.
+    """
     monkeypatch.setattr(gpu, "steps_of", lambda *_: 9000)
     assert gpu.main([]) == 0
     kept = json.loads(gpu.RESULTS.read_text(encoding="utf-8"))
     text = gpu_markdown(kept)
     assert capsys.readouterr().out.endswith(text + "\n")
-    assert kept["profiles"].keys() == {name for name, profile in PROFILES.items() if not is_tiny(profile)}
+    assert kept["profiles"].keys() == {
+        name for name, profile in PROFILES.items() if not is_tiny(profile)
+    }
     assert "| `gpt2` | DPO | 10.50 · 10.50 · 10.50 | 11.00 | 2000 · 2000 · 2000 | 5.0 |" in text
     assert "| gpt2, dpo: prediction off by | 0.0476 | ≤ 0.15 | met |" in text and "160,800" in text
     assert len(kept["bars"]) == 12 and not any(gpu.DONE.iterdir())
@@ -137,48 +182,70 @@ def test_a_trial_on_a_cpu_prints_its_table_and_keeps_nothing(machine, capsys):
     assert "not predicted" in capsys.readouterr().out and not gpu.RESULTS.exists()
 
 
-@pytest.mark.parametrize(("change", "missed"), [
-    ({"paged": int(6e9)}, ["peak memory in GB", "prediction off by"]), ({"paged": int(4e9)}, ["prediction off by"]),
-    ({"out_of_memory": "first step"}, ["peak memory in GB", "prediction off by"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "missed"),
+    [
+        ({"paged": int(6e9)}, ["peak memory in GB", "prediction off by"]),
+        ({"paged": int(4e9)}, ["prediction off by"]),
+        ({"out_of_memory": "first step"}, ["peak memory in GB", "prediction off by"]),
+    ],
+)
 def test_a_missed_bar_ends_it_with_status_1(machine, capsys, change, missed):
-    """16 GB is over 15 GB, and 11 over 16 is 31 % off; 11 over 14 is 21 % off; what did not fit has no peak."""
+    """16 GB is over 15 GB, and 11 over 16 is 31 % off; 11 over 14 is 21 % off; what did not fit has
+    no peak.
+    """
     machine |= change
     assert gpu.main([]) == 1
     bars = json.loads(gpu.RESULTS.read_text(encoding="utf-8"))["bars"]
     assert [bar["what"] for bar in bars if not bar["met"] and "gpt2, sft" in bar["what"]] == [
         f"gpt2, sft: {what}" for what in missed
     ]
-    assert ("does not fit · does not fit · does not fit" in capsys.readouterr().out) == ("out_of_memory" in change)
+    assert ("does not fit · does not fit · does not fit" in capsys.readouterr().out) == (
+        "out_of_memory" in change
+    )
 
 
 def test_without_a_prediction_the_bar_of_predictions_is_missed(machine, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "predicted_bytes", lambda *_: None)
     assert gpu.main([]) == 1
     out = capsys.readouterr().out
-    assert "| gpt2, dpo: prediction off by | not measured | ≤ 0.15 | **missed** |" in out and "not predicted" in out
+    assert (
+        "| gpt2, dpo: prediction off by | not measured | ≤ 0.15 | **missed** |" in out
+        and "not predicted" in out
+    )
 
 
 def test_a_stopped_run_goes_on_and_failed_parts_are_tried_again(machine, monkeypatch):
-    """The 5th part stops the run; the third failed. With --resume 3 of the parts are read: all others are measured."""
+    """The 5th part stops the run; the third failed. With --resume 3 of the parts are read: all
+    others are measured.
+    """
     asked = []
 
     def stops(task):
         asked.append((task["profile"], task["method"], task["path"]))
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return {"failed": "ImportError: no trl"} if len(asked) == 3 else machine | {"path": task["path"]}
+        return (
+            {"failed": "ImportError: no trl"}
+            if len(asked) == 3
+            else machine | {"path": task["path"]}
+        )
 
     monkeypatch.setattr(gpu, "in_own_process", stops)
     with pytest.raises(KeyboardInterrupt):
         gpu.main([])
     before = asked.copy()
     assert gpu.main(["--resume"]) == 0
-    assert before[2:3] + before[4:] == asked[5:7] and not set(before[:2] + before[3:4]) & set(asked[5:])
+    assert before[2:3] + before[4:] == asked[5:7] and not set(before[:2] + before[3:4]) & set(
+        asked[5:]
+    )
 
 
 def test_a_path_that_stepped_aside_and_a_part_that_failed_are_named(machine, monkeypatch, capsys):
     def found(task):
-        return {"failed": "TypeError: no"} if task["path"] == "trl" else machine | {"path": "simple"}
+        return (
+            {"failed": "TypeError: no"} if task["path"] == "trl" else machine | {"path": "simple"}
+        )
 
     monkeypatch.setattr(gpu, "in_own_process", found)
     assert gpu.main([]) == 0

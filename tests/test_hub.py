@@ -1,4 +1,6 @@
-"""Datasets of the hub. The real libraries talk to a hub in memory: what they raise here, they raise for a student."""
+"""Datasets of the hub. The real libraries talk to a hub in memory: what they raise here, they raise
+for a student.
+"""
 
 import errno
 import gzip
@@ -15,11 +17,11 @@ from fake_hub import COMMIT, FakeHub, refused
 from huggingface_hub import HfFileSystem, constants, set_client_factory
 from test_readers import alpaca, comparison, shp, trl, ultra
 
-from common import hub
 from common.data import load_demonstrations, load_lab_data, load_pairs
-from common.hub import KNOWN, hub_source
+from common.io import hub
+from common.io.formats import DataError
+from common.io.hub import KNOWN, hub_source
 from common.profiles import get_profile
-from common.readers import DataError
 
 
 def lines(rows: list[dict]) -> bytes:
@@ -34,28 +36,46 @@ def parquet(rows: list[dict]) -> bytes:
 def hh(subset: str, split: str, count: int = 5) -> bytes:
     ask = "\n\nHuman: {} {} {}\n\nAssistant: {}"
     sides = {"chosen": "Yes.", "rejected": "No."}
-    rows = [{side: ask.format(subset, split, n, text) for side, text in sides.items()} for n in range(count)]
+    rows = [
+        {side: ask.format(subset, split, n, text) for side, text in sides.items()}
+        for n in range(count)
+    ]
     return gzip.compress(lines(rows))
 
 
 def plain(count: int) -> list[dict]:
-    return [{"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No."} for number in range(count)]
+    return [
+        {"prompt": f"Question {number}?", "chosen": "Yes.", "rejected": "No."}
+        for number in range(count)
+    ]
 
 
 CARD = b"---\nconfigs:\n- config_name: %s\n  data_files:\n%s---\n"
-ULTRA = b"".join(b"  - split: %s\n    path: data/%s-*\n" % (name, name) for name in (b"train_prefs", b"test_prefs"))
+ULTRA = b"".join(
+    b"  - split: %s\n    path: data/%s-*\n" % (name, name)
+    for name in (b"train_prefs", b"test_prefs")
+)
 TWO = CARD[:-4] % (b"one", b"  - split: train\n    path: one.jsonl\n") + (
-    b"- config_name: two\n  data_files:\n  - split: train\n    path: two.jsonl\n---\n")  # fmt: skip
+    b"- config_name: two\n  data_files:\n  - split: train\n    path: two.jsonl\n---\n"
+)
 REPOS = {
     "Anthropic/hh-rlhf": {
         "README.md": b"---\nlicense: mit\n---\n",
-        "red-team-attempts/red_team_attempts.jsonl.gz": gzip.compress(lines([{"transcript": "x", "rating": 1.0}])),
-        **{f"{subset}/{split}.jsonl.gz": hh(subset, split)
-           for subset in KNOWN["Anthropic/hh-rlhf"].subsets for split in ("train", "test")},
+        "red-team-attempts/red_team_attempts.jsonl.gz": gzip.compress(
+            lines([{"transcript": "x", "rating": 1.0}])
+        ),
+        **{
+            f"{subset}/{split}.jsonl.gz": hh(subset, split)
+            for subset in KNOWN["Anthropic/hh-rlhf"].subsets
+            for split in ("train", "test")
+        },
     },
     "stanfordnlp/SHP": {
-        f"{domain}/{split}.json": lines([shp(history=f"{domain} {split} {n}?", score_ratio=n + 0.5) for n in range(4)])
-        for domain in ("askbaking", "askculinary") for split in ("train", "validation", "test")
+        f"{domain}/{split}.json": lines(
+            [shp(history=f"{domain} {split} {n}?", score_ratio=n + 0.5) for n in range(4)]
+        )
+        for domain in ("askbaking", "askculinary")
+        for split in ("train", "validation", "test")
     },
     "openai/summarize_from_feedback": {
         "comparisons/train/0000.parquet": parquet([comparison(), comparison(0)]),
@@ -71,7 +91,9 @@ REPOS = {
         f"data/{split}-00000-of-00001.parquet": parquet([trl()]) for split in ("train", "test")
     },
     "tatsu-lab/alpaca": {
-        "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": parquet([alpaca(str(n)) for n in range(40)])
+        "data/train-00000-of-00001-a09b74b3ef9c3b56.parquet": parquet(
+            [alpaca(str(n)) for n in range(40)]
+        )
     },
     "owner/plain": {"train.jsonl": lines(plain(60))},
     "owner/two": {"README.md": TWO, "one.jsonl": lines(plain(2)), "two.jsonl": lines(plain(3))},
@@ -80,7 +102,7 @@ REPOS = {
     "owner/odd": {"data/dev-0.jsonl": lines(plain(3))},
     "owner/damaged": {"train.jsonl": lines(plain(3))[:-9]},
     "owner/empty": {"README.md": b""},
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -89,7 +111,9 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "datasets"))
-    monkeypatch.setattr(http.time, "sleep", lambda seconds: None)  # between the library's own retries
+    monkeypatch.setattr(
+        http.time, "sleep", lambda seconds: None
+    )  # between the library's own retries
     HfFileSystem.clear_instance_cache()
     server = FakeHub(REPOS)
     set_client_factory(server.client)
@@ -110,9 +134,15 @@ def offline(monkeypatch, fake) -> None:
 def test_hh_rlhf_is_all_four_subsets_without_the_red_team(fake):
     train, report = load_pairs("Anthropic/hh-rlhf", "train")
     known = KNOWN["Anthropic/hh-rlhf"]
-    assert len(train) == 20 and {prompt.split()[1] for prompt in train["prompt"]} == set(known.subsets)
+    assert len(train) == 20 and {prompt.split()[1] for prompt in train["prompt"]} == set(
+        known.subsets
+    )
     assert report.source == "Anthropic/hh-rlhf (split train, revision 09be8c5bbc57)"
-    asked = [line for line in fake.log if " /datasets/Anthropic" in line or " /api/datasets/Anthropic" in line]
+    asked = [
+        line
+        for line in fake.log
+        if " /datasets/Anthropic" in line or " /api/datasets/Anthropic" in line
+    ]
     assert asked and all(known.revision in line for line in asked)
 
 
@@ -124,10 +154,14 @@ def test_a_subset_of_hh_rlhf(fake, subset, split):
 
 
 def test_shp_by_domain_with_its_own_splits(fake):
-    """Score ratios 0.5, 1.5, 2.5, 3.5: two of the four are kept. `validation` is a split of its own."""
+    """Score ratios 0.5, 1.5, 2.5, 3.5: two of the four are kept. `validation` is a split of its
+    own.
+    """
     for split in ("train", "validation", "test"):
         pairs, report = load_pairs("stanfordnlp/SHP:askculinary", split)
-        assert pairs["prompt"] == [f"\n\nHuman: askculinary {split} {n}?\n\nAssistant:" for n in (2, 3)]
+        assert pairs["prompt"] == [
+            f"\n\nHuman: askculinary {split} {n}?\n\nAssistant:" for n in (2, 3)
+        ]
         assert dict(report.dropped) == {"score ratio under 2": 2}
     assert len(load_pairs("stanfordnlp/SHP", "train")[0]) == 4
     assert len(load_pairs("stanfordnlp/SHP:askculinary", "train", score_ratio=3)[0]) == 1
@@ -137,7 +171,9 @@ def test_summaries_are_read_from_the_hubs_parquet_copy(fake):
     """`main` holds a script; test is called validation; the other configuration has other columns."""
     train, report = load_pairs("openai/summarize_from_feedback", "train")
     test = load_pairs("openai/summarize_from_feedback", "test")[0]
-    assert (len(train), len(test)) == (2, 1) and train["prompt"][0].startswith("\n\nHuman: SUBREDDIT: r/AskReddit")
+    assert (len(train), len(test)) == (2, 1) and train["prompt"][0].startswith(
+        "\n\nHuman: SUBREDDIT: r/AskReddit"
+    )
     assert report.source == f"openai/summarize_from_feedback (split train, revision {COMMIT[:12]})"
     assert any("revision/refs/convert/parquet" in line for line in fake.log)
 
@@ -150,7 +186,9 @@ def test_ultrafeedback_of_both_publishers(fake):
 
 
 def test_alpaca_has_no_test_split_and_is_held_out_by_prompt(fake):
-    train, test, whole = (load_demonstrations("tatsu-lab/alpaca", split)[0] for split in ("train", "test", None))
+    train, test, whole = (
+        load_demonstrations("tatsu-lab/alpaca", split)[0] for split in ("train", "test", None)
+    )
     assert 0 < len(test) < 12 and not set(train["prompt"]) & set(test["prompt"])
     assert sorted([*train["prompt"], *test["prompt"]]) == sorted(whole["prompt"])
 
@@ -170,28 +208,43 @@ def test_a_configuration_is_named_after_the_colon(fake):
 def test_a_limit_downloads_no_more_than_is_read(fake):
     """Three rows are in the first of the four files: the other three are not fetched."""
     assert len(load_pairs("Anthropic/hh-rlhf", "train", limit=3)[0]) == 3
-    fetched = {line.split("/")[-2] for line in fake.log if line.startswith("GET") and line.endswith("train.jsonl.gz")}
+    fetched = {
+        line.split("/")[-2]
+        for line in fake.log
+        if line.startswith("GET") and line.endswith("train.jsonl.gz")
+    }
     assert fetched == {"harmless-base"}
 
 
 def test_held_out_rows_are_drawn_over_the_whole_split_and_the_report_says_so(fake, monkeypatch):
-    """The test split is read file by file, five rows of each of four subsets: its first six rows are of two subsets.
-    Twelve drawn of twenty are of all four, are the same ones again, and do not begin with those of one subset."""
+    """The test split is read file by file, five rows of each of four subsets: its first six rows
+    are of two subsets. Twelve drawn of twenty are of all four, are the same ones again, and do not
+    begin with those of one subset.
+    """
     first = load_pairs("Anthropic/hh-rlhf", "test", limit=6)[0]
     assert len({prompt.split()[1] for prompt in first["prompt"]}) == 2
     pairs, report = load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)
     subsets = [prompt.split()[1] for prompt in pairs["prompt"]]
-    assert len(set(pairs["prompt"])) == 12 and set(subsets) == set(KNOWN["Anthropic/hh-rlhf"].subsets)
+    assert len(set(pairs["prompt"])) == 12 and set(subsets) == set(
+        KNOWN["Anthropic/hh-rlhf"].subsets
+    )
     assert len(set(subsets[:5])) > 1
-    assert (report.rows, report.drawn) == (20, 12) and "drawn       12  of the rows kept, at random over" in str(report)
-    assert load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)[0].to_list() == pairs.to_list()
+    assert (report.rows, report.drawn) == (
+        20,
+        12,
+    ) and "drawn       12  of the rows kept, at random over" in str(report)
+    assert (
+        load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)[0].to_list() == pairs.to_list()
+    )
     monkeypatch.setenv("LAB_DATA", "Anthropic/hh-rlhf")
     data = load_lab_data(replace(get_profile("gpt2"), held_out=12))
     assert data.test.to_list() == pairs.to_list() and data.reports["test"].drawn == 12
 
 
 def test_an_unknown_subset_lists_those_that_there_are(fake):
-    with pytest.raises(DataError, match="no subset 'harmless'. Its subsets: harmless-base, helpful-base, "):
+    with pytest.raises(
+        DataError, match="no subset 'harmless'. Its subsets: harmless-base, helpful-base, "
+    ):
         load_pairs("Anthropic/hh-rlhf:harmless")
     with pytest.raises(DataError, match="'tatsu-lab/alpaca' has no subset 'all'. It has none"):
         load_demonstrations("tatsu-lab/alpaca:all")
@@ -199,23 +252,38 @@ def test_an_unknown_subset_lists_those_that_there_are(fake):
 
 
 def test_a_missing_split_lists_those_that_there_are(fake):
-    with pytest.raises(DataError, match="'owner/plain' has no split 'validation'. Its splits: train"):
+    with pytest.raises(
+        DataError, match="'owner/plain' has no split 'validation'. Its splits: train"
+    ):
         load_pairs("owner/plain", "validation")
 
 
-@pytest.mark.parametrize(("text", "parts"), [
-    ("a/b", ("a/b", None, "main")), ("a/b:c", ("a/b", "c", "main")), ("a/b@v1", ("a/b", None, "v1")),
-    ("a/b:c@refs/convert/parquet", ("a/b", "c", "refs/convert/parquet")),
-    ("tatsu-lab/alpaca@main", ("tatsu-lab/alpaca", None, "main")), ("a", None), ("a/b/c", None), ("a/b.jsonl", None),
-    ("a\\b.csv", None), ("/a/b", None), ("a/b.csv", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("a/b", ("a/b", None, "main")),
+        ("a/b:c", ("a/b", "c", "main")),
+        ("a/b@v1", ("a/b", None, "v1")),
+        ("a/b:c@refs/convert/parquet", ("a/b", "c", "refs/convert/parquet")),
+        ("tatsu-lab/alpaca@main", ("tatsu-lab/alpaca", None, "main")),
+        ("a", None),
+        ("a/b/c", None),
+        ("a/b.jsonl", None),
+        ("a\\b.csv", None),
+        ("/a/b", None),
+        ("a/b.csv", None),
+    ],
+)
 def test_names_of_datasets(text, parts):
     found = hub_source(text)
     assert (found and (found.name, found.subset, found.revision)) == parts
 
 
 def test_every_dataset_has_a_stated_revision():
-    assert all(len(known.revision) == 40 or known.revision == "refs/convert/parquet" for known in KNOWN.values())
+    assert all(
+        len(known.revision) == 40 or known.revision == "refs/convert/parquet"
+        for known in KNOWN.values()
+    )
 
 
 # --- what is kept
@@ -237,10 +305,13 @@ def test_another_question_is_asked_again(fake, monkeypatch, change):
     if change == "code":
         monkeypatch.setattr(hub, "_code", lambda: ["changed"])
     ask = {
-        "code": lambda: load_pairs(name, "train"), "revision": lambda: load_pairs(f"{name}@{'d' * 40}", "train"),
-        "ratio": lambda: load_pairs(name, "train", score_ratio=1), "limit": lambda: load_pairs(name, "train", limit=1),
-        "split": lambda: load_pairs(name, "test"), "reader": lambda: load_demonstrations(name, "train"),
-    }  # fmt: skip
+        "code": lambda: load_pairs(name, "train"),
+        "revision": lambda: load_pairs(f"{name}@{'d' * 40}", "train"),
+        "ratio": lambda: load_pairs(name, "train", score_ratio=1),
+        "limit": lambda: load_pairs(name, "train", limit=1),
+        "split": lambda: load_pairs(name, "test"),
+        "reader": lambda: load_demonstrations(name, "train"),
+    }
     ask[change]()
     assert fake.log
 
@@ -248,9 +319,13 @@ def test_another_question_is_asked_again(fake, monkeypatch, change):
 def test_a_revision_that_moves_is_looked_up_and_remembered_offline(fake, monkeypatch):
     first = load_pairs("owner/plain", "train")[0].to_list()
     fake.log.clear()
-    assert load_pairs("owner/plain", "train")[0].to_list() == first and len(fake.log) == 1  # only the look-up
+    assert (
+        load_pairs("owner/plain", "train")[0].to_list() == first and len(fake.log) == 1
+    )  # only the look-up
     moved = httpx2.Response(200, json={"id": "owner/plain", "sha": "e" * 40, "siblings": []})
-    fake.fault = lambda request: moved if "/api/datasets/owner/plain/revision/main" in str(request.url) else None
+    fake.fault = lambda request: (
+        moved if "/api/datasets/owner/plain/revision/main" in str(request.url) else None
+    )
     assert "eeeeeeeeeeee" in load_pairs("owner/plain", "train")[1].source
     offline(monkeypatch, fake)
     assert "eeeeeeeeeeee" in load_pairs("owner/plain", "train")[1].source
@@ -283,7 +358,11 @@ def test_a_disk_without_room_for_the_copy_is_a_warning(fake, monkeypatch):
 
 
 def data(request: httpx2.Request) -> bool:
-    return request.method == "GET" and "/resolve/" in str(request.url) and str(request.url).endswith((".jsonl", ".gz"))
+    return (
+        request.method == "GET"
+        and "/resolve/" in str(request.url)
+        and str(request.url).endswith((".jsonl", ".gz"))
+    )
 
 
 def everywhere(found):
@@ -302,21 +381,73 @@ def cut(request: httpx2.Request):
 
 
 FAULTS = {
-    "offline": ("owner/plain", everywhere(lambda: httpx2.ConnectError("no route")), "cannot be reached. Connect once"),
-    "slow": ("owner/plain", everywhere(lambda: httpx2.ConnectTimeout("slow")), "cannot be reached. Connect once"),
-    "gated": ("owner/plain", everywhere(lambda: refused(403, "GatedRepo")), "gated. Accept its terms .*`hf auth"),
-    "no token": ("owner/plain", everywhere(lambda: refused(401, "GatedRepo")), "gated. Accept its terms"),
-    "no name": ("owner/none", everywhere(None), "none of this name, or it is private. Check the spelling"),
-    "no revision": ("owner/plain@v9", everywhere(lambda: refused(404, "RevisionNotFound")), "no such revision. Name"),
-    "no config": ("owner/two", everywhere(None), "several configurations. Name one of them: LAB_DATA=owner/name:con"),
-    "wrong config": ("owner/two:three", everywhere(None), "several configurations.*Available: .'one', 'two'"),
-    "script": ("owner/script", everywhere(None), "loading script, .* refused.*@refs/convert/parquet"),
+    "offline": (
+        "owner/plain",
+        everywhere(lambda: httpx2.ConnectError("no route")),
+        "cannot be reached. Connect once",
+    ),
+    "slow": (
+        "owner/plain",
+        everywhere(lambda: httpx2.ConnectTimeout("slow")),
+        "cannot be reached. Connect once",
+    ),
+    "gated": (
+        "owner/plain",
+        everywhere(lambda: refused(403, "GatedRepo")),
+        "gated. Accept its terms .*`hf auth",
+    ),
+    "no token": (
+        "owner/plain",
+        everywhere(lambda: refused(401, "GatedRepo")),
+        "gated. Accept its terms",
+    ),
+    "no name": (
+        "owner/none",
+        everywhere(None),
+        "none of this name, or it is private. Check the spelling",
+    ),
+    "no revision": (
+        "owner/plain@v9",
+        everywhere(lambda: refused(404, "RevisionNotFound")),
+        "no such revision. Name",
+    ),
+    "no config": (
+        "owner/two",
+        everywhere(None),
+        "several configurations. Name one of them: LAB_DATA=owner/name:con",
+    ),
+    "wrong config": (
+        "owner/two:three",
+        everywhere(None),
+        "several configurations.*Available: .'one', 'two'",
+    ),
+    "script": (
+        "owner/script",
+        everywhere(None),
+        "loading script, .* refused.*@refs/convert/parquet",
+    ),
     "mixed": ("owner/mixed", everywhere(None), "different columns. Name one configuration"),
     "no data": ("owner/empty", everywhere(None), "no data file at this place. Check the subset"),
-    "too many": ("owner/plain", everywhere(lambda: refused(429)), "takes no more requests for now. Wait some minutes"),
-    "broken hub": ("owner/plain", everywhere(lambda: refused(503)), "an error of its own. Try again later"),
-    "hung up": ("owner/plain", in_data(lambda: httpx2.RemoteProtocolError("peer closed")), "interrupted. Run again"),
-    "too slow": ("owner/plain", in_data(lambda: httpx2.ReadTimeout("slow")), "interrupted. Run again"),
+    "too many": (
+        "owner/plain",
+        everywhere(lambda: refused(429)),
+        "takes no more requests for now. Wait some minutes",
+    ),
+    "broken hub": (
+        "owner/plain",
+        everywhere(lambda: refused(503)),
+        "an error of its own. Try again later",
+    ),
+    "hung up": (
+        "owner/plain",
+        in_data(lambda: httpx2.RemoteProtocolError("peer closed")),
+        "interrupted. Run again",
+    ),
+    "too slow": (
+        "owner/plain",
+        in_data(lambda: httpx2.ReadTimeout("slow")),
+        "interrupted. Run again",
+    ),
     "cut": ("owner/plain", cut, "interrupted. Run again"),
     "damaged": ("owner/damaged", everywhere(None), "cut off or damaged; .*Run again"),
 }
@@ -326,7 +457,9 @@ FAULTS = {
 @pytest.mark.parametrize("name", FAULTS)
 def test_a_failure_of_the_hub_says_what_to_do(fake, name, limit):
     source, fake.fault, sentence = FAULTS[name]
-    with pytest.raises(DataError, match=f"Could not load the dataset '.*' from the hub: .*{sentence}") as raised:
+    with pytest.raises(
+        DataError, match=f"Could not load the dataset '.*' from the hub: .*{sentence}"
+    ) as raised:
         load_pairs(source, limit=limit)
     assert "LAB_DATA to a local file, or use LAB_PROFILE=cpu" in str(raised.value)
     assert str(raised.value).count("\n") == 0
@@ -335,14 +468,20 @@ def test_a_failure_of_the_hub_says_what_to_do(fake, name, limit):
 
 def test_the_offline_switch_is_named(fake, monkeypatch):
     offline(monkeypatch, fake)
-    with pytest.raises(DataError, match="HF_HUB_OFFLINE is set, and there is no copy on this machine. Unset it"):
+    with pytest.raises(
+        DataError, match="HF_HUB_OFFLINE is set, and there is no copy on this machine. Unset it"
+    ):
         load_pairs("owner/plain")
 
 
-@pytest.mark.parametrize("place", [
-    "datasets.arrow_writer.ArrowWriter.write_table", "datasets.arrow_writer.ArrowWriter.finalize",
-    "huggingface_hub.file_download._download_to_tmp_and_move",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place",
+    [
+        "datasets.arrow_writer.ArrowWriter.write_table",
+        "datasets.arrow_writer.ArrowWriter.finalize",
+        "huggingface_hub.file_download._download_to_tmp_and_move",
+    ],
+)
 def test_a_full_disk_is_named(fake, monkeypatch, place):
     """Where the rows are written, where their file is ended, where the download is written."""
 
@@ -356,7 +495,9 @@ def test_a_full_disk_is_named(fake, monkeypatch, place):
 
 def test_too_little_disk_is_named(fake, monkeypatch):
     """What the library itself foresees before it writes."""
-    monkeypatch.setattr("datasets.builder.has_sufficient_disk_space", lambda *arguments, **options: False)
+    monkeypatch.setattr(
+        "datasets.builder.has_sufficient_disk_space", lambda *arguments, **options: False
+    )
     with pytest.raises(DataError, match="the disk is full"):
         load_pairs("owner/plain")
 
@@ -382,7 +523,11 @@ def test_a_lab_on_a_hub_dataset_without_a_test_split(fake, monkeypatch):
 
 
 def test_subsets_have_run_folders_of_their_own(monkeypatch):
-    for name, folder in (("stanfordnlp/SHP", "SHP"), ("stanfordnlp/SHP:askbaking", "SHP-askbaking"), ("a/b@v1", "b-v1"),
-                         ("a/b:c@refs/convert/parquet", "b-c-refs-convert-parquet")):  # fmt: skip
+    for name, folder in (
+        ("stanfordnlp/SHP", "SHP"),
+        ("stanfordnlp/SHP:askbaking", "SHP-askbaking"),
+        ("a/b@v1", "b-v1"),
+        ("a/b:c@refs/convert/parquet", "b-c-refs-convert-parquet"),
+    ):
         monkeypatch.setenv("LAB_DATA", name)
         assert get_profile("smoke").run_name == f"smoke@{folder}"

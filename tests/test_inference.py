@@ -3,9 +3,16 @@
 import pytest
 from tiny import gpt2, micro_profile
 
-from common.inference import continuous_batches, forward_tokens, kv_cache_bytes, percentiles, speed, static_batches
+from common.lab import Lab
 from common.models import new_tiny_model
-from common.runs import Lab
+from deploy.inference import (
+    continuous_batches,
+    forward_tokens,
+    kv_cache_bytes,
+    percentiles,
+    speed,
+    static_batches,
+)
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +34,13 @@ def test_speed_counts_exactly_the_tokens_asked_for(lab, model, use_cache):
 
 
 def test_the_cache_is_really_off(lab, model, monkeypatch):
-    """Tokens that enter the model: prompt + 3 with the cache; without it prompt, then one more at each step."""
+    """Tokens that enter the model: prompt + 3 with the cache; without it prompt, then one more at
+    each step.
+    """
     prompt, seen = len(lab.tokenizer(lab.prompts[0])["input_ids"]), []
-    model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
     for use_cache in (True, False):
         seen.clear()
         speed(model, lab.tokenizer, lab.prompts[:1], 4, use_cache=use_cache, runs=1)

@@ -18,7 +18,10 @@ WORLD = World(4)
 
 def answers(*groups: tuple[str, ...]) -> list[list[Answer]]:
     """Answers to prompts "0", "1", …, one group each."""
-    return [[Answer(str(number), text, (5,), (6,), True) for text in texts] for number, texts in enumerate(groups)]
+    return [
+        [Answer(str(number), text, (5,), (6,), True) for text in texts]
+        for number, texts in enumerate(groups)
+    ]
 
 
 class Longer:
@@ -27,7 +30,10 @@ class Longer:
     name = "the longer one"
 
     def prefer(self, questions):
-        return [(len(first) > len(second)) - (len(first) < len(second)) for _, first, second in questions]
+        return [
+            (len(first) > len(second)) - (len(first) < len(second))
+            for _, first, second in questions
+        ]
 
 
 class First:
@@ -46,7 +52,11 @@ def test_compare_has_one_verdict_per_prompt_and_sample():
 
 def test_a_judge_that_changes_its_mind_with_the_order_calls_a_tie():
     """Always the first: one win in each order, so nothing is decided. The exception is stable."""
-    assert compare(First(), answers(("a",), ("a",), ("*",)), answers(("b",), ("*",), ("b",))) == [[0], [-1], [1]]
+    assert compare(First(), answers(("a",), ("a",), ("*",)), answers(("b",), ("*",), ("b",))) == [
+        [0],
+        [-1],
+        [1],
+    ]
 
 
 def test_swapping_the_models_negates_every_verdict():
@@ -68,27 +78,51 @@ def test_more_answers_of_one_model_than_of_the_other_are_refused(other):
 
 def test_head_to_head_counts_the_verdicts():
     """Prompt 0: a win and a tie (3/4); prompt 1: a loss and a win (1/2). Mean 0.625."""
-    rate = head_to_head(Longer(), answers(("aa", "a"), ("a", "aaa")), answers(("a", "a"), ("aa", "aa")))
+    rate = head_to_head(
+        Longer(), answers(("aa", "a"), ("a", "aaa")), answers(("a", "a"), ("aa", "aa"))
+    )
     assert (rate.wins, rate.ties, rate.losses, rate.rate) == (2, 1, 1, 0.625)
 
 
 def test_the_rule_prefers_the_higher_score():
-    """The pairs of the world were made by the rule: chosen wins, swapped it loses, against itself it ties."""
+    """The pairs of the world were made by the rule: chosen wins, swapped it loses, against itself
+    it ties.
+    """
     pairs = load_pairs(WORLD.pairs(20, label_noise=0))[0].to_list()
     judge = RuleJudge(WORLD)
-    assert judge.prefer([(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs]) == [1] * 20
-    assert judge.prefer([(pair["prompt"], pair["rejected"], pair["chosen"]) for pair in pairs]) == [-1] * 20
-    assert judge.prefer([(pair["prompt"], pair["chosen"], pair["chosen"]) for pair in pairs]) == [0] * 20
+    assert (
+        judge.prefer([(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs])
+        == [1] * 20
+    )
+    assert (
+        judge.prefer([(pair["prompt"], pair["rejected"], pair["chosen"]) for pair in pairs])
+        == [-1] * 20
+    )
+    assert (
+        judge.prefer([(pair["prompt"], pair["chosen"], pair["chosen"]) for pair in pairs])
+        == [0] * 20
+    )
 
 
 # --- the reward model
 
 
-def reward_model(vocabulary: int = 23, positions: int = 64, pad: int = tiny.EOS) -> GPT2ForSequenceClassification:
+def reward_model(
+    vocabulary: int = 23, positions: int = 64, pad: int = tiny.EOS
+) -> GPT2ForSequenceClassification:
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=positions, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0,
-        attn_pdrop=0.0, num_labels=1, pad_token_id=pad, initializer_range=0.2,
-    )  # fmt: skip
+        vocab_size=vocabulary,
+        n_positions=positions,
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        num_labels=1,
+        pad_token_id=pad,
+        initializer_range=0.2,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return GPT2ForSequenceClassification(config).double().eval()
@@ -104,7 +138,9 @@ def test_rewards_equal_those_of_single_rows_without_padding(pad):
     """Also where the pad is EOS, at which the library would stop to look for the last token."""
     model, rows = reward_model(pad=pad), tiny.ragged_rows(8)
     for side in ("chosen", "rejected"):
-        expected = torch.stack([naive_reward(model, row["prompt_ids"] + row[f"{side}_ids"]) for row in rows])
+        expected = torch.stack(
+            [naive_reward(model, row["prompt_ids"] + row[f"{side}_ids"]) for row in rows]
+        )
         assert_same(rewards(model, collate(rows, pad), side).detach(), expected.detach())
 
 
@@ -114,7 +150,9 @@ def test_rewards_have_the_gradient_of_single_rows():
     (weights * rewards(model, collate(rows), "chosen")).sum().backward()
     fast = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     model.zero_grad()
-    naive = torch.stack([naive_reward(model, row["prompt_ids"] + row["chosen_ids"]) for row in rows])
+    naive = torch.stack(
+        [naive_reward(model, row["prompt_ids"] + row["chosen_ids"]) for row in rows]
+    )
     (weights * naive).sum().backward()
     for name, parameter in model.named_parameters():
         assert_same(fast[name], parameter.grad)
@@ -147,7 +185,9 @@ def judge_of(tokenizer, positions: int = 200) -> RewardJudge:
 
 @pytest.mark.parametrize("name", ["byte level", "with BOS"])
 def test_the_judge_reads_an_answer_as_the_training_data_are_read(metaspace, name):
-    """One BOS, then prompt and answer tokenised jointly, then EOS; the higher reward wins, in float64."""
+    """One BOS, then prompt and answer tokenised jointly, then EOS; the higher reward wins, in
+    float64.
+    """
     tokenizer = metaspace if name == "with BOS" else tiny.tokenizer()
     judge = judge_of(tokenizer)
     first = " Boiling water."
@@ -160,7 +200,9 @@ def test_the_judge_reads_an_answer_as_the_training_data_are_read(metaspace, name
 
     expected = [1 if reward(first) > reward(other) else -1 for other in others]
     assert judge.prefer([(PROMPT, first, other) for other in others]) == expected
-    assert judge.prefer([(PROMPT, other, first) for other in others]) == [-verdict for verdict in expected]
+    assert judge.prefer([(PROMPT, other, first) for other in others]) == [
+        -verdict for verdict in expected
+    ]
     assert judge.prefer([(PROMPT, first, first)]) == [0]
 
 
@@ -173,10 +215,17 @@ def test_an_answer_that_fills_the_context_is_judged_all_the_same():
 
 
 def test_the_judge_says_how_often_it_is_right(monkeypatch):
-    """Rewards that grow with the length of the answer, on three pairs: longer, shorter and equally long: 1.5 of 3."""
+    """Rewards that grow with the length of the answer, on three pairs: longer, shorter and equally
+    long: 1.5 of 3.
+    """
     lengths = (3, 2), (1, 4), (2, 2)
-    rows = [{"prompt_ids": [5], "chosen_ids": [6] * one, "rejected_ids": [6] * other} for one, other in lengths]
-    monkeypatch.setattr("common.judges.rewards", lambda model, batch, side: batch[f"{side}_lengths"].double())
+    rows = [
+        {"prompt_ids": [5], "chosen_ids": [6] * one, "rejected_ids": [6] * other}
+        for one, other in lengths
+    ]
+    monkeypatch.setattr(
+        "common.judges.rewards", lambda model, batch, side: batch[f"{side}_lengths"].double()
+    )
     judge = RewardJudge(reward_model(), tiny.tokenizer(), rows)
     assert judge.held_out_accuracy == 0.5
     assert judge.name == "a reward model (right on 50% of 3 held-out pairs)"

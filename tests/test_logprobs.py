@@ -12,11 +12,15 @@ from common.logprobs import SideLogps, response_logps
 
 
 def naive_sums(model, rows, side: str) -> torch.Tensor:
-    return torch.stack([naive_token_logps(model, row["prompt_ids"], row[f"{side}_ids"])[1].sum() for row in rows])
+    return torch.stack(
+        [naive_token_logps(model, row["prompt_ids"], row[f"{side}_ids"])[1].sum() for row in rows]
+    )
 
 
 def naive_prompt_sums(model, rows) -> torch.Tensor:
-    return torch.stack([naive_token_logps(model, row["prompt_ids"], row["chosen_ids"])[0].sum() for row in rows])
+    return torch.stack(
+        [naive_token_logps(model, row["prompt_ids"], row["chosen_ids"])[0].sum() for row in rows]
+    )
 
 
 def gradients(model, value) -> list[torch.Tensor]:
@@ -26,7 +30,9 @@ def gradients(model, value) -> list[torch.Tensor]:
 
 
 def test_sums_equal_the_naive_ones():
-    """Ragged rows, float64: padded, masked and cut to the scored positions gives what row by row gives."""
+    """Ragged rows, float64: padded, masked and cut to the scored positions gives what row by row
+    gives.
+    """
     model, rows = gpt2(), ragged_rows(8)
     logps = response_logps(model, collate(rows))
     assert logps.chosen.sums.dtype == torch.float64
@@ -46,7 +52,9 @@ def test_gradients_equal_the_naive_ones():
     model, rows = gpt2(), ragged_rows(8)
     weights = torch.linspace(-1, 2, 8, dtype=torch.float64)
     ours = response_logps(model, collate(rows))
-    fast = gradients(model, (weights * ours.chosen.sums).sum() - (weights**2 * ours.rejected.sums).sum())
+    fast = gradients(
+        model, (weights * ours.chosen.sums).sum() - (weights**2 * ours.rejected.sums).sum()
+    )
     chosen, rejected = naive_sums(model, rows, "chosen"), naive_sums(model, rows, "rejected")
     naive = gradients(model, (weights * chosen).sum() - (weights**2 * rejected).sum())
     for one, other in zip(fast, naive, strict=True):
@@ -72,7 +80,10 @@ def test_padding_leaves_the_values_unchanged():
 
 def test_order_of_the_batch_only_reorders_the_values():
     model, rows = gpt2(), ragged_rows(8)
-    forward, backward = response_logps(model, collate(rows)), response_logps(model, collate(rows[::-1]))
+    forward, backward = (
+        response_logps(model, collate(rows)),
+        response_logps(model, collate(rows[::-1])),
+    )
     assert_same(forward.chosen.sums, backward.chosen.sums.flip(0))
     assert_same(forward.rejected.sums, backward.rejected.sums.flip(0))
 
@@ -81,7 +92,9 @@ def test_order_of_the_batch_only_reorders_the_values():
 def test_pad_id_leaves_the_values_unchanged(pad):
     """The pad may be EOS or a common word: the lengths make the masks."""
     model, rows = gpt2(), ragged_rows(8)
-    assert_same(response_logps(model, collate(rows, pad)).chosen.sums, naive_sums(model, rows, "chosen"))
+    assert_same(
+        response_logps(model, collate(rows, pad)).chosen.sums, naive_sums(model, rows, "chosen")
+    )
 
 
 def test_wider_padding_leaves_the_values_unchanged():
@@ -97,24 +110,37 @@ def test_eos_is_scored():
     """With EOS the sum is lower by exactly log p(EOS | everything before), even where pad is EOS."""
     model, row = gpt2(), ragged_rows(3)[2]
     without = {**row, "chosen_ids": row["chosen_ids"][:-1]}
-    whole, cut = (response_logps(model, collate([each], EOS)).chosen.sums for each in (row, without))
+    whole, cut = (
+        response_logps(model, collate([each], EOS)).chosen.sums for each in (row, without)
+    )
     last = naive_token_logps(model, row["prompt_ids"], row["chosen_ids"])[1][-1]
     assert_same(whole - cut, last[None])
     assert last.item() < -1e-3
 
 
 def test_the_prompt_is_not_scored():
-    """A bigram model's response depends on the prompt's last token only: other prompts before it change nothing."""
-    model = Bigram(torch.randn(23, 23, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    """A bigram model's response depends on the prompt's last token only: other prompts before it
+    change nothing.
+    """
+    model = Bigram(
+        torch.randn(23, 23, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    )
     row = ragged_rows(3)[2]
     other = {**row, "prompt_ids": [2, 3, 4, 5, row["prompt_ids"][-1]]}
-    assert_same(response_logps(model, collate([row])).chosen.sums, response_logps(model, collate([other])).chosen.sums)
+    assert_same(
+        response_logps(model, collate([row])).chosen.sums,
+        response_logps(model, collate([other])).chosen.sums,
+    )
 
 
 def test_bigram_log_probabilities_by_hand():
-    """Table rows are log-probabilities already: 0 -> (1/2, 1/4, 1/4), 1 -> (1/4, 1/4, 1/2), 2 -> (1/8, 3/8, 1/2).
-    Prompt [2, 0], chosen [1, 2]: ln 1/4 + ln 1/2 = -3 ln 2; rejected [0, 0, 1]: ln 1/2 + ln 1/2 + ln 1/4 = -4 ln 2."""
-    table = torch.tensor([[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.125, 0.375, 0.5]], dtype=torch.float64).log()
+    """Table rows are log-probabilities already: 0 -> (1/2, 1/4, 1/4), 1 -> (1/4, 1/4, 1/2), 2 ->
+    (1/8, 3/8, 1/2). Prompt [2, 0], chosen [1, 2]: ln 1/4 + ln 1/2 = -3 ln 2; rejected [0, 0, 1]: ln
+    1/2 + ln 1/2 + ln 1/4 = -4 ln 2.
+    """
+    table = torch.tensor(
+        [[0.5, 0.25, 0.25], [0.25, 0.25, 0.5], [0.125, 0.375, 0.5]], dtype=torch.float64
+    ).log()
     batch = collate([{"prompt_ids": [2, 0], "chosen_ids": [1, 2], "rejected_ids": [0, 0, 1]}])
     logps = response_logps(Bigram(table), batch)
     assert_same(logps.chosen.sums, [-3 * math.log(2)])
@@ -159,15 +185,26 @@ def test_demonstrations_have_no_rejected_side():
 
 
 SIZES = {
-    "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": False, "initializer_range": 0.2,
-}  # fmt: skip
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "initializer_range": 0.2,
+}
 
 
-@pytest.mark.parametrize("build", [
-    lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
-    lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
-], ids=["llama", "qwen3"])  # fmt: skip
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+        lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=8)),
+    ],
+    ids=["llama", "qwen3"],
+)
 def test_other_architectures(build):
     """Rotary positions, grouped heads, an output head of its own: the same code, the same numbers."""
     with torch.random.fork_rng(devices=[]):
@@ -180,14 +217,17 @@ def test_other_architectures(build):
 
 
 def test_bfloat16_logits_are_upcast():
-    """300 tokens of a bigram model in bfloat16. From the same logits: ours is right to 1e-5 of the sum, log-softmax
-    and sum in bfloat16 are off by more than a nat."""
+    """300 tokens of a bigram model in bfloat16. From the same logits: ours is right to 1e-5 of the
+    sum, log-softmax and sum in bfloat16 are off by more than a nat.
+    """
     table = (4 * torch.randn(23, 23, generator=torch.Generator().manual_seed(0))).bfloat16()
     ids = torch.randint(0, 23, (300,), generator=torch.Generator().manual_seed(1)).tolist()
     exact = torch.log_softmax(table.double(), -1)
     steps = list(zip([5, *ids], ids, strict=False))
     expected = sum(exact[before, after].item() for before, after in steps)
-    ours = response_logps(Bigram(table), collate([{"prompt_ids": [5], "chosen_ids": ids}])).chosen.sums.item()
+    ours = response_logps(
+        Bigram(table), collate([{"prompt_ids": [5], "chosen_ids": ids}])
+    ).chosen.sums.item()
     assert abs(ours - expected) < 1e-5 * abs(expected)
     naive = torch.log_softmax(table, -1)
     total = torch.zeros((), dtype=torch.bfloat16)

@@ -63,7 +63,9 @@ def test_dpo_default_beta_is_a_tenth():
 
 @pytest.mark.parametrize("beta", [0.05, 0.1, 0.5])
 def test_dpo_loss_is_ln_2_at_the_reference(beta):
-    """Policy = reference makes every log-ratio 0, and -ln sigmoid(0) = ln 2, whatever beta and smoothing."""
+    """Policy = reference makes every log-ratio 0, and -ln sigmoid(0) = ln 2, whatever beta and
+    smoothing.
+    """
     chosen, rejected = random_logps()[:2]
     for smoothing in (0.0, 0.2):
         assert_same(dpo_loss(chosen, rejected, chosen, rejected, beta, smoothing), [LN2] * 6)
@@ -78,24 +80,32 @@ def test_swapping_chosen_and_rejected_negates_the_logit():
 
 
 def test_a_shared_offset_of_a_prompt_cancels():
-    """Adding the same log p(prompt) to both sides of a model leaves the logit alone: why DPO takes sums."""
+    """Adding the same log p(prompt) to both sides of a model leaves the logit alone: why DPO takes
+    sums.
+    """
     a, b, c, d = random_logps()
     assert_same(dpo_loss(a - 7.5, b - 7.5, c - 3.25, d - 3.25), dpo_loss(a, b, c, d))
 
 
 def test_label_smoothing_mixes_both_orders():
-    """Conservative DPO: (1 - e) * loss + e * loss of the flipped pair; e = 0.25 at logit 1 (beta 0.5, as above):
-    0.75 * 0.313261687518223 + 0.25 * 1.313261687518223 = 0.563261687518223."""
+    """Conservative DPO: (1 - e) * loss + e * loss of the flipped pair; e = 0.25 at logit 1 (beta
+    0.5, as above): 0.75 * 0.313261687518223 + 0.25 * 1.313261687518223 = 0.563261687518223.
+    """
     pair = f64(-10), f64(-14), f64(-11), f64(-13)
     assert_same(dpo_loss(*pair, beta=0.5, label_smoothing=0.25), f64(0.56326168751822286))
 
 
 def test_dpo_gradient_weight_is_sigmoid_of_the_rejected_lead():
-    """d loss / d log p(chosen) = -beta * s(r_l - r_w), and the opposite for rejected (Rafailov et al., Sec. 4)."""
+    """d loss / d log p(chosen) = -beta * s(r_l - r_w), and the opposite for rejected (Rafailov et
+    al., Sec. 4).
+    """
     chosen, rejected, ref_chosen, ref_rejected = random_logps()
     chosen.requires_grad_(), rejected.requires_grad_()
     dpo_loss(chosen, rejected, ref_chosen, ref_rejected, beta=0.3).sum().backward()
-    lead = [0.3 * ((rejected[i] - ref_rejected[i]) - (chosen[i] - ref_chosen[i])).item() for i in range(6)]
+    lead = [
+        0.3 * ((rejected[i] - ref_rejected[i]) - (chosen[i] - ref_chosen[i])).item()
+        for i in range(6)
+    ]
     weight = f64(*(1 / (1 + math.exp(-value)) for value in lead))
     assert_same(chosen.grad, -0.3 * weight)
     assert_same(rejected.grad, 0.3 * weight)
@@ -115,7 +125,9 @@ def test_dpo_loss_stays_finite_where_the_naive_form_overflows():
 
 
 def test_ipo_loss_by_hand():
-    """beta 0.25 aims at a margin of 1 / 0.5 = 2. Margin 2 gives 0, margin 5 gives 9, the reference gives 4."""
+    """beta 0.25 aims at a margin of 1 / 0.5 = 2. Margin 2 gives 0, margin 5 gives 9, the reference
+    gives 4.
+    """
     policy, zero = f64(-8, -5, -10), f64(-10, -10, -10)
     assert_same(ipo_loss(policy, zero, zero, zero, beta=0.25), f64(0, 9, 4))
 
@@ -190,7 +202,9 @@ def test_log1mexp_in_f64(x):
 def test_log1mexp_in_float32(x):
     """The exact value at the float32 nearest to x."""
     nearest = tensor(x, dtype=torch.float32).item()
-    for actual, expected in zip(value_and_gradient(log1mexp, x, torch.float32), exact_log1mexp(nearest), strict=True):
+    for actual, expected in zip(
+        value_and_gradient(log1mexp, x, torch.float32), exact_log1mexp(nearest), strict=True
+    ):
         assert relative_error(actual, expected) < 1e-5
 
 
@@ -207,8 +221,12 @@ def two_branches(x):
 
 
 def test_naive_log1mexp_fails_near_zero():
-    """In float64 at -1e-8, exp rounds away half of the digits; in float32 it rounds to 1, and log 0 = -inf."""
-    for actual, expected in zip(value_and_gradient(naive, -1e-8), exact_log1mexp(-1e-8), strict=True):
+    """In float64 at -1e-8, exp rounds away half of the digits; in float32 it rounds to 1, and log 0
+    = -inf.
+    """
+    for actual, expected in zip(
+        value_and_gradient(naive, -1e-8), exact_log1mexp(-1e-8), strict=True
+    ):
         assert 1e-11 < relative_error(actual, expected) < 1e-6
     value, gradient = value_and_gradient(naive, -1e-8, torch.float32)
     assert value == -math.inf and not math.isfinite(gradient)
@@ -240,7 +258,9 @@ def test_log_odds_by_hand():
 
 
 def test_odds_ratio_loss_by_hand():
-    """p = 3/4 against 1/2: odds ratio 3 / 1, so -ln(3 / (1 + 3)) = ln(4/3); 1/5 against 1/2: ratio 1/4, so ln 5."""
+    """p = 3/4 against 1/2: odds ratio 3 / 1, so -ln(3 / (1 + 3)) = ln(4/3); 1/5 against 1/2: ratio
+    1/4, so ln 5.
+    """
     half = math.log(0.5)
     loss = odds_ratio_loss(f64(math.log(0.75), math.log(0.2)), f64(half, half))
     assert_same(loss, f64(math.log(4 / 3), math.log(5)))
@@ -258,8 +278,10 @@ def test_swapping_negates_the_log_odds_ratio():
 
 
 def test_odds_ratio_gradient_is_finite_for_a_nearly_certain_answer():
-    """At chosen log p = -1e-8, d/dx of -ln s(log odds) = -(1 - s) * (1 + e^x / (1 - e^x)): with odds 1e8 against 1,
-    1 - s = 1 / (1e8 + 1), times 1e8 + 1/2: about -1. The naive form in float32 is not finite."""
+    """At chosen log p = -1e-8, d/dx of -ln s(log odds) = -(1 - s) * (1 + e^x / (1 - e^x)): with
+    odds 1e8 against 1, 1 - s = 1 / (1e8 + 1), times 1e8 + 1/2: about -1. The naive form in float32
+    is not finite.
+    """
     chosen = tensor([-1e-8], requires_grad=True)
     odds_ratio_loss(chosen, tensor([math.log(0.5)])).backward()
     assert abs(chosen.grad.item() + 1) < 1e-5
@@ -295,7 +317,9 @@ def test_share_positive_counts_a_tie_as_half():
 
 
 def pair_logps(rows: int = 5, prompts: bool = False) -> tuple[PairLogps, PairLogps, list[int]]:
-    """Policy and reference log-probabilities of ragged rows, with gradients, and the tokens that the NLL covers."""
+    """Policy and reference log-probabilities of ragged rows, with gradients, and the tokens that
+    the NLL covers.
+    """
     draw = torch.Generator().manual_seed(1)
     lengths = [torch.randint(1, 9, (rows,), generator=draw) for _ in range(3)]
 
@@ -328,20 +352,28 @@ METHODS = {
 
 @pytest.mark.parametrize("name", METHODS)
 def test_micro_batches_add_up_to_one_large_batch(name):
-    """Rows 0-0, 1-2 and 3-4 as three micro-batches: loss, every metric, and the gradients are those of all five."""
+    """Rows 0-0, 1-2 and 3-4 as three micro-batches: loss, every metric, and the gradients are those
+    of all five.
+    """
     method, recipe = METHODS[name]
 
     def run(slices):
         policy, reference, tokens = pair_logps(prompts=recipe.nll_on_prompt)
         total, sums = 0.0, {}
         for at in slices:
-            loss, metrics = objective(method, recipe, part(policy, at), part(reference, at), 5, sum(tokens))
+            loss, metrics = objective(
+                method, recipe, part(policy, at), part(reference, at), 5, sum(tokens)
+            )
             loss.backward()
             total = total + loss.detach()
             for key, value in metrics.items():
                 sums[key] = sums.get(key, 0.0) + torch.as_tensor(value).detach()
         sides = policy.chosen, policy.rejected, policy.prompt
-        return total, sums, [side.sums.grad for side in sides if side and side.sums.grad is not None]
+        return (
+            total,
+            sums,
+            [side.sums.grad for side in sides if side and side.sums.grad is not None],
+        )
 
     whole, pieces = run([slice(0, 5)]), run([slice(0, 1), slice(1, 3), slice(3, 5)])
     assert_same(pieces[0], whole[0])
@@ -364,7 +396,11 @@ def test_objective_of_sft_is_the_token_mean():
 def test_objective_of_dpo_adds_the_weighted_nll():
     """mean(ln(1 + exp(-0.2 * margin))) + 0.7 * NLL, the margin by plain floats."""
     policy, reference, tokens = pair_logps()
-    c, r, rc, rr = (logps.sums.tolist() for side in (policy, reference) for logps in (side.chosen, side.rejected))
+    c, r, rc, rr = (
+        logps.sums.tolist()
+        for side in (policy, reference)
+        for logps in (side.chosen, side.rejected)
+    )
     margins = [(c[i] - rc[i]) - (r[i] - rr[i]) for i in range(5)]
     nll = -sum(c) / sum(tokens)
     dpo = sum(math.log1p(math.exp(-0.2 * margin)) for margin in margins) / 5
@@ -382,18 +418,28 @@ def test_objective_of_dpo_uses_the_smoothing_and_the_variant_of_the_recipe():
     policy, reference, tokens = pair_logps()
     sums = policy.chosen.sums, policy.rejected.sums, reference.chosen.sums, reference.rejected.sums
     smoothed = replace(METHODS["dpo"][1], label_smoothing=0.3)
-    assert_same(objective("dpo", smoothed, policy, reference, 5, sum(tokens))[0], dpo_loss(*sums, 0.2, 0.3).mean())
+    assert_same(
+        objective("dpo", smoothed, policy, reference, 5, sum(tokens))[0],
+        dpo_loss(*sums, 0.2, 0.3).mean(),
+    )
     ipo = METHODS["ipo"][1]
-    assert_same(objective("dpo", ipo, policy, reference, 5, sum(tokens))[0], ipo_loss(*sums, 0.2).mean())
+    assert_same(
+        objective("dpo", ipo, policy, reference, 5, sum(tokens))[0], ipo_loss(*sums, 0.2).mean()
+    )
 
 
 def test_objective_of_orpo_by_plain_floats():
-    """NLL over prompt and chosen tokens + 0.4 * mean(-ln(odds / (1 + odds))), odds from *mean* log-probabilities."""
+    """NLL over prompt and chosen tokens + 0.4 * mean(-ln(odds / (1 + odds))), odds from *mean*
+    log-probabilities.
+    """
     policy, _, tokens = pair_logps(prompts=True)
     nll = -(sum(policy.chosen.sums.tolist()) + sum(policy.prompt.sums.tolist())) / sum(tokens)
     odds = []
     for side in (policy.chosen, policy.rejected):
-        p = [math.exp(total / length) for total, length in zip(side.sums.tolist(), side.lengths.tolist(), strict=True)]
+        p = [
+            math.exp(total / length)
+            for total, length in zip(side.sums.tolist(), side.lengths.tolist(), strict=True)
+        ]
         odds.append([value / (1 - value) for value in p])
     ratios = [chosen / rejected for chosen, rejected in zip(*odds, strict=True)]
     expected = sum(math.log1p(1 / ratio) for ratio in ratios) / 5
@@ -406,13 +452,18 @@ def test_objective_of_orpo_by_plain_floats():
 
 def test_scored_tokens_count_the_prompt_from_its_second_token():
     """Chosen 3 + 1 tokens; with the prompt (2 - 1) + (5 - 1) more."""
-    rows = [{"prompt_ids": [7] * 2, "chosen_ids": [7] * 3}, {"prompt_ids": [7] * 5, "chosen_ids": [7]}]
+    rows = [
+        {"prompt_ids": [7] * 2, "chosen_ids": [7] * 3},
+        {"prompt_ids": [7] * 5, "chosen_ids": [7]},
+    ]
     assert scored_tokens(rows, Recipe(lr=1)) == 4
     assert scored_tokens(rows, Recipe(lr=1, nll_on_prompt=True)) == 9
 
 
 def test_simpo_loss_by_hand():
-    """beta 2, gamma 0.5, means -1.0 and -1.75: 2 * 0.75 - 0.5 = 1, and -log sigmoid(1) = log(1 + e^-1) = 0.31326…"""
+    """beta 2, gamma 0.5, means -1.0 and -1.75: 2 * 0.75 - 0.5 = 1, and -log sigmoid(1) = log(1 +
+    e^-1) = 0.31326…
+    """
     value = simpo_loss(f64(-1.0), f64(-1.75), beta=2.0, gamma=0.5)
     assert_same(value, [math.log(1 + math.exp(-1))])
 

@@ -1,4 +1,6 @@
-"""The pair maker against a small server in this process: votes, drops, the cache, kills, and failures of the API."""
+"""The pair maker against a small server in this process: votes, drops, the cache, kills, and
+failures of the API.
+"""
 
 import json
 import os
@@ -13,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from common.data import load_pairs
-from common.make_pairs import (
+from common.io.formats import DataError
+from tools.make_pairs import (
     Service,
     ServiceError,
     main,
@@ -22,13 +25,14 @@ from common.make_pairs import (
     read_verdict,
     to_messages,
 )
-from common.readers import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
 class Fake:
-    """An OpenAI-compatible server. `answer(body, number)` is the reply's text, or (status, headers) of a failure."""
+    """An OpenAI-compatible server. `answer(body, number)` is the reply's text, or (status, headers)
+    of a failure.
+    """
 
     def __init__(self):
         self.requests, self.lock, self.answer = [], threading.Lock(), self.by_length
@@ -38,7 +42,9 @@ class Fake:
             def do_POST(self):
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
-                    fake.requests.append({**body, "path": self.path, "key": self.headers["Authorization"]})
+                    fake.requests.append(
+                        {**body, "path": self.path, "key": self.headers["Authorization"]}
+                    )
                     number = len(fake.requests)
                 found = fake.answer(body, number)
                 if found is None:  # hang up without a word
@@ -48,14 +54,23 @@ class Fake:
                 if isinstance(found, str):
                     message = {"role": "assistant", "content": found.removesuffix("<cut>")}
                     reason = "length" if found.endswith("<cut>") else "stop"
-                    reply = {"id": "1", "object": "chat.completion", "created": 1, "model": body["model"],
-                             "choices": [{"index": 0, "message": message, "finish_reason": reason}]}  # fmt: skip
+                    reply = {
+                        "id": "1",
+                        "object": "chat.completion",
+                        "created": 1,
+                        "model": body["model"],
+                        "choices": [{"index": 0, "message": message, "finish_reason": reason}],
+                    }
                 else:
                     status, headers = found
                     reply = {"error": {"message": "no"}}
                 text = json.dumps(reply).encode()
                 self.send_response(status)
-                for name, value in {"Content-Type": "application/json", "Content-Length": len(text), **headers}.items():
+                for name, value in {
+                    "Content-Type": "application/json",
+                    "Content-Length": len(text),
+                    **headers,
+                }.items():
                     self.send_header(name, str(value))
                 self.end_headers()
                 self.wfile.write(text)
@@ -65,14 +80,19 @@ class Fake:
 
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def by_length(self, body: dict, number: int) -> str:
         """Answers get longer with each request; the judge prefers the longer one."""
         text = body["messages"][-1]["content"]
         if "[Answer A]" not in text:
             return f"{text} {'so ' * number}".strip()
-        first, second = between(text, "[Answer A]", "[Answer B]"), between(text, "[Answer B]", "Reply")
+        first, second = (
+            between(text, "[Answer A]", "[Answer B]"),
+            between(text, "[Answer B]", "Reply"),
+        )
         return "A" if len(first) > len(second) else "B"
 
 
@@ -90,15 +110,21 @@ def fake(monkeypatch):
 
 
 def services(fake: Fake, folder: Path, retries: int = 2) -> tuple[Service, Service]:
-    return (Service("sft", fake.url, folder, {"temperature": 1.0}, retries),
-            Service("judge", fake.url, folder, {"temperature": 0.0}, retries))  # fmt: skip
+    return (
+        Service("sft", fake.url, folder, {"temperature": 1.0}, retries),
+        Service("judge", fake.url, folder, {"temperature": 0.0}, retries),
+    )
 
 
 def test_two_samples_and_two_orders_make_a_pair(fake, tmp_path):
     """Four requests a prompt. The judge prefers the longer answer in both orders, so it is chosen."""
     rows, dropped = make_pairs(["Hi", "Why?"], *services(fake, tmp_path), workers=1)
-    assert not dropped and [row["prompt"] for row in rows] == [f"\n\nHuman: {x}\n\nAssistant:" for x in ("Hi", "Why?")]
-    assert all(len(row["chosen"]) > len(row["rejected"]) and row["chosen"].startswith(" ") for row in rows)
+    assert not dropped and [row["prompt"] for row in rows] == [
+        f"\n\nHuman: {x}\n\nAssistant:" for x in ("Hi", "Why?")
+    ]
+    assert all(
+        len(row["chosen"]) > len(row["rejected"]) and row["chosen"].startswith(" ") for row in rows
+    )
     assert [request["model"] for request in fake.requests] == ["sft", "sft", "judge", "judge"] * 2
     first, second = (request["messages"][0]["content"] for request in fake.requests[2:4])
     assert between(first, "[Answer A]", "[Answer B]") == between(second, "[Answer B]", "Reply")
@@ -106,22 +132,30 @@ def test_two_samples_and_two_orders_make_a_pair(fake, tmp_path):
 
 
 def test_rows_come_in_the_order_of_the_prompts_whatever_the_workers(fake, tmp_path):
-    fake.answer = lambda body, number: (time.sleep(0.02 * (number % 3)), fake.by_length(body, number))[1]
+    fake.answer = lambda body, number: (
+        time.sleep(0.02 * (number % 3)),
+        fake.by_length(body, number),
+    )[1]
     prompts = [f"Question {number}" for number in range(12)]
     rows, _ = make_pairs(prompts, *services(fake, tmp_path), workers=6)
     assert [row["prompt"].split("Human: ")[1].split("\n")[0] for row in rows] == prompts
 
 
-@pytest.mark.parametrize(("samples", "verdicts", "reason"), [
-    (["a", "b"], ["A", "A"], "another verdict in the other order"),
-    (["a", "b"], ["A", "tie"], "another verdict in the other order"),
-    (["a", "b"], ["tie", "TIE."], "a tie"),
-    (["a", "b"], ["A", "Both are fine."], "a verdict that cannot be read"),
-    (["a", "a "], [], "two equal answers"),
-    (["a", " "], [], "an empty answer"),
-    (["a", "b<cut>"], [], "an answer cut at the token limit"),
-])  # fmt: skip
-def test_a_prompt_without_a_preference_is_dropped_and_counted(fake, tmp_path, samples, verdicts, reason):
+@pytest.mark.parametrize(
+    ("samples", "verdicts", "reason"),
+    [
+        (["a", "b"], ["A", "A"], "another verdict in the other order"),
+        (["a", "b"], ["A", "tie"], "another verdict in the other order"),
+        (["a", "b"], ["tie", "TIE."], "a tie"),
+        (["a", "b"], ["A", "Both are fine."], "a verdict that cannot be read"),
+        (["a", "a "], [], "two equal answers"),
+        (["a", " "], [], "an empty answer"),
+        (["a", "b<cut>"], [], "an answer cut at the token limit"),
+    ],
+)
+def test_a_prompt_without_a_preference_is_dropped_and_counted(
+    fake, tmp_path, samples, verdicts, reason
+):
     """Without two whole and different answers the judge is not even asked."""
     replies = [*samples, *verdicts]
     fake.answer = lambda body, number: replies[number - 1]
@@ -131,7 +165,9 @@ def test_a_prompt_without_a_preference_is_dropped_and_counted(fake, tmp_path, sa
 
 def test_the_second_run_asks_nothing_and_other_settings_ask_again(fake, tmp_path):
     first = make_pairs(["Hi", "Why?"], *services(fake, tmp_path))
-    assert make_pairs(["Hi", "Why?"], *services(fake, tmp_path)) == first and len(fake.requests) == 8
+    assert (
+        make_pairs(["Hi", "Why?"], *services(fake, tmp_path)) == first and len(fake.requests) == 8
+    )
     sampler, judge = services(fake, tmp_path)
     make_pairs(["Hi"], Service("other", fake.url, tmp_path, sampler.options), judge)
     assert len(fake.requests) == 12  # two new samples, and two verdicts on them
@@ -148,25 +184,35 @@ def test_a_cache_file_that_is_broken_is_asked_again(fake, tmp_path):
     for path in tmp_path.iterdir():
         path.write_text("{")
     fake.requests.clear()
-    assert make_pairs(["Hi"], *services(fake, tmp_path), workers=1) == first and len(fake.requests) == 4
+    assert (
+        make_pairs(["Hi"], *services(fake, tmp_path), workers=1) == first
+        and len(fake.requests) == 4
+    )
 
 
 def test_rate_limits_are_waited_out(fake, tmp_path):
     """Two refusals, then the reply: the client waits as long as the server says (1 ms here)."""
-    fake.answer = lambda body, number: (429, {"retry-after-ms": 1}) if number < 3 else fake.by_length(body, number)
+    fake.answer = lambda body, number: (
+        (429, {"retry-after-ms": 1}) if number < 3 else fake.by_length(body, number)
+    )
     rows, _ = make_pairs(["Hi"], *services(fake, tmp_path), workers=1)
     assert len(rows) == 1 and len(fake.requests) == 6
 
 
-@pytest.mark.parametrize(("found", "sentence"), [
-    ((429, {"retry-after-ms": 1}), "takes no more requests .*Wait"),
-    ((401, {}), "refuses the key. Check OPENAI_API_KEY"),
-    ((404, {}), "does not know the model 'sft'.* Check the model and --base-url"),
-    ((400, {}), "refuses the request .status 400.* try --bare"),
-    ((500, {"retry-after-ms": 1}), "fails .status 500, after 1 retries.. Try again later"),
-    (None, "cannot be reached .*Check --base-url"),
-])  # fmt: skip
-def test_a_failure_of_the_api_is_one_sentence_on_what_to_do(fake, tmp_path, monkeypatch, found, sentence):
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ((429, {"retry-after-ms": 1}), "takes no more requests .*Wait"),
+        ((401, {}), "refuses the key. Check OPENAI_API_KEY"),
+        ((404, {}), "does not know the model 'sft'.* Check the model and --base-url"),
+        ((400, {}), "refuses the request .status 400.* try --bare"),
+        ((500, {"retry-after-ms": 1}), "fails .status 500, after 1 retries.. Try again later"),
+        (None, "cannot be reached .*Check --base-url"),
+    ],
+)
+def test_a_failure_of_the_api_is_one_sentence_on_what_to_do(
+    fake, tmp_path, monkeypatch, found, sentence
+):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     fake.answer = lambda body, number: found
     with pytest.raises(ServiceError, match=f"{sentence}.*What was answered is kept") as raised:
@@ -175,7 +221,9 @@ def test_a_failure_of_the_api_is_one_sentence_on_what_to_do(fake, tmp_path, monk
 
 
 def test_what_was_answered_before_a_failure_is_not_asked_again(fake, tmp_path):
-    """The sixth request fails for good; the five replies before it are kept, so the second run asks 8 - 5 = 3."""
+    """The sixth request fails for good; the five replies before it are kept, so the second run asks
+    8 - 5 = 3.
+    """
     fake.answer = lambda body, number: (400, {}) if number == 6 else fake.by_length(body, number)
     with pytest.raises(ServiceError):
         make_pairs(["Hi", "Why?"], *services(fake, tmp_path), workers=1)
@@ -185,10 +233,21 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(fake, tmp_path):
 
 
 def test_a_killed_run_goes_on_where_it_was(fake, tmp_path, capsys):
-    """SIGKILL while the fifth request hangs. Run again, the four replies before it are not asked for a second time."""
+    """SIGKILL while the fifth request hangs. Run again, the four replies before it are not asked
+    for a second time.
+    """
     (tmp_path / "prompts.txt").write_text("Hi\nWhy?\n")
-    command = [str(tmp_path / "prompts.txt"), "-o", str(tmp_path / "mine.jsonl"), "--model", "sft", "--workers", "1",
-               "--base-url", fake.url]  # fmt: skip
+    command = [
+        str(tmp_path / "prompts.txt"),
+        "-o",
+        str(tmp_path / "mine.jsonl"),
+        "--model",
+        "sft",
+        "--workers",
+        "1",
+        "--base-url",
+        fake.url,
+    ]
     reached, release = threading.Event(), threading.Event()
 
     def hang(body, number):
@@ -199,12 +258,17 @@ def test_a_killed_run_goes_on_where_it_was(fake, tmp_path, capsys):
         return fake.by_length(body, number)
 
     fake.answer = hang
-    child = subprocess.Popen([sys.executable, "-m", "common.make_pairs", *command], cwd=ROOT, env=os.environ)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "tools.make_pairs", *command], cwd=ROOT, env=os.environ
+    )
     assert reached.wait(30)
     child.kill()
     child.wait()
     release.set()
-    assert not (tmp_path / "mine.jsonl").exists() and len(list((tmp_path / "mine.jsonl.cache").glob("*.json"))) == 4
+    assert (
+        not (tmp_path / "mine.jsonl").exists()
+        and len(list((tmp_path / "mine.jsonl.cache").glob("*.json"))) == 4
+    )
     fake.requests.clear()
     fake.answer = fake.by_length
     assert main(command) == 0 and len(fake.requests) == 4
@@ -215,14 +279,26 @@ def test_a_killed_run_goes_on_where_it_was(fake, tmp_path, capsys):
 def test_a_dialogue_becomes_messages_turn_by_turn():
     prompt = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why\n\nis it?\n\nAssistant:"
     assert to_messages(prompt) == [
-        {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
         {"role": "user", "content": "Why\n\nis it?"},
-    ]  # fmt: skip
+    ]
     assert to_messages(" Hi ") == [{"role": "user", "content": "Hi"}]
 
 
-@pytest.mark.parametrize(("text", "vote"), [("A", 1), ("b.", -1), ("**B**", -1), ("Answer A", 1), ("Tie", 0),
-                                            ("A or B", None), ("", None), ("Apple", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "vote"),
+    [
+        ("A", 1),
+        ("b.", -1),
+        ("**B**", -1),
+        ("Answer A", 1),
+        ("Tie", 0),
+        ("A or B", None),
+        ("", None),
+        ("Apple", None),
+    ],
+)
 def test_verdicts_are_read_strictly(text, vote):
     assert read_verdict(text) == vote
 
@@ -241,7 +317,10 @@ def test_the_command_fails_with_one_line(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     (tmp_path / "prompts.txt").write_text("Hi\n")
-    assert main([str(tmp_path / "prompts.txt"), "--model", "m", "-o", str(tmp_path / "mine.jsonl")]) == 1
+    assert (
+        main([str(tmp_path / "prompts.txt"), "--model", "m", "-o", str(tmp_path / "mine.jsonl")])
+        == 1
+    )
     assert capsys.readouterr().err == (
         "error: OPENAI_API_KEY is not set. Set it, or name your own server with --base-url.\n"
     )
@@ -251,4 +330,7 @@ def test_help_names_every_option(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["--help"])
     text = capsys.readouterr().out
-    assert all(name in text for name in ("--judge-model", "--base-url", "--cache", "OPENAI_API_KEY", "both orders"))
+    assert all(
+        name in text
+        for name in ("--judge-model", "--base-url", "--cache", "OPENAI_API_KEY", "both orders")
+    )

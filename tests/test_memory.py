@@ -1,4 +1,6 @@
-"""Predicted memory: against what was measured, part by part by hand, and what is said where it does not fit."""
+"""Predicted memory: against what was measured, part by part by hand, and what is said where it does
+not fit.
+"""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -7,10 +9,11 @@ import psutil
 import pytest
 from transformers import GPT2Config, MistralConfig
 
-from common import memory, simulate
+from common import memory
 from common.costs import _ragged_rows, measure_memory
+from common.memory import simulate
+from common.memory.simulate import PARTS, full_rows, predict
 from common.profiles import PROFILES
-from common.simulate import PARTS, full_rows, predict
 
 VOCABULARY = 1000
 
@@ -18,43 +21,71 @@ VOCABULARY = 1000
 def profile_of(folder, config, name="gpt2", **changes):
     """A profile whose model is this architecture, in a local folder without weights."""
     config.save_pretrained(folder)
-    return memory._changed(PROFILES[name], model=str(folder), max_length=64, max_new_tokens=16, eval_batch=2, **changes)
+    return memory._changed(
+        PROFILES[name], model=str(folder), max_length=64, max_new_tokens=16, eval_batch=2, **changes
+    )
 
 
 @pytest.fixture
 def small(tmp_path):
-    config = GPT2Config(n_layer=2, n_embd=64, n_head=2, vocab_size=VOCABULARY, resid_pdrop=0, embd_pdrop=0,
-                        attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    config = GPT2Config(
+        n_layer=2,
+        n_embd=64,
+        n_head=2,
+        vocab_size=VOCABULARY,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return profile_of(tmp_path, config)
 
 
 @pytest.fixture
 def quantised(tmp_path):
     config = MistralConfig(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=VOCABULARY, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCABULARY,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
     return profile_of(tmp_path, config, "qlora-7b")
 
 
-@pytest.mark.parametrize(("layers", "width", "pairs", "length", "method", "lora"), [
-    (4, 256, 4, 192, "orpo", False), (6, 384, 4, 128, "dpo", False), (12, 768, 1, 96, "sft", False),
-    (6, 384, 4, 128, "dpo", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("layers", "width", "pairs", "length", "method", "lora"),
+    [
+        (4, 256, 4, 192, "orpo", False),
+        (6, 384, 4, 128, "dpo", False),
+        (12, 768, 1, 96, "sft", False),
+        (6, 384, 4, 128, "dpo", True),
+    ],
+)
 def test_the_prediction_is_within_20_percent_of_the_measurement(
     tmp_path, monkeypatch, layers, width, pairs, length, method, lora
 ):
-    """GPT-2s of 17, 30 and 124 million parameters, trained for two steps in a process of their own on the CPU."""
+    """GPT-2s of 17, 30 and 124 million parameters, trained for two steps in a process of their own
+    on the CPU.
+    """
     monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")  # else glibc keeps what was freed
     sizes = {"pairs": pairs, "length": length, "layers": layers, "width": width}
     (measured,) = measure_memory([(method, lora)], **sizes, steps=2)
-    config = GPT2Config(n_layer=layers, n_embd=width, n_head=width // 64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    config = GPT2Config(
+        n_layer=layers, n_embd=width, n_head=width // 64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
+    )
     config.save_pretrained(tmp_path)
     profile = memory._changed(
         PROFILES["gpt2"], model=str(tmp_path), nll_on_prompt=False, eval_batch=1, lora=16 * lora
     )
     parts = ("prompt", "chosen") if method == "sft" else ("prompt", "chosen", "rejected")
-    rows = [[len(row[f"{part}_ids"]) for part in parts] for row in _ragged_rows(pairs, length, 50257)]
+    rows = [
+        [len(row[f"{part}_ids"]) for part in parts] for row in _ragged_rows(pairs, length, 50257)
+    ]
     predicted = predict(profile, method, "simple", "float32", "cpu", rows)
     assert predicted.phases["step"] == pytest.approx(measured["peak_bytes"], rel=0.2)
 
@@ -66,25 +97,33 @@ def test_weights_gradients_and_moments_by_hand(small):
     assert forecast.parts["weights"] == forecast.parts["reference"] == bytes_of_weights
     assert forecast.parts["optimiser"] == 2 * bytes_of_weights
     assert forecast.parts["LoRA"] == forecast.parts["constants"] == 0
-    assert tuple(forecast.parts) == PARTS and sum(forecast.parts.values()) == forecast.phases["step"]
+    assert (
+        tuple(forecast.parts) == PARTS and sum(forecast.parts.values()) == forecast.phases["step"]
+    )
 
 
 def test_orpo_and_a_cached_reference_need_no_second_model(small):
     cached = memory._changed(small, cache_reference=True)
-    assert predict(small, "orpo").parts["reference"] == predict(cached, "dpo").parts["reference"] == 0
+    assert (
+        predict(small, "orpo").parts["reference"] == predict(cached, "dpo").parts["reference"] == 0
+    )
 
 
 def test_logits_by_hand(small):
-    """At the peak of evaluation the scored tokens of 2 pairs of 32 + 32 + 32 are 128; each has a logit per word in
-    float32, and again as log-probabilities: at least 2 · 128 · 1000 · 4 bytes over the weights."""
+    """At the peak of evaluation the scored tokens of 2 pairs of 32 + 32 + 32 are 128; each has a
+    logit per word in float32, and again as log-probabilities: at least 2 · 128 · 1000 · 4 bytes
+    over the weights.
+    """
     forecast = predict(small, "orpo", dtype="float32")
     assert full_rows(small, 2, 2) == [[32, 32, 32]] * 2
     assert forecast.phases["evaluation"] > 3 * 4 * forecast.parameters + 2 * 128 * VOCABULARY * 4
 
 
 def test_four_bits_by_hand(quantised):
-    """Linear layers: 2 · (128² + 2 · 64 · 128 + 128² + 3 · 128 · 256) weights = 294,912, half a byte each; an 8-bit
-    constant per 64, a 32-bit one per 64 · 256. Embeddings and head (2 · 1000 · 128) and norms (5 · 128) in float32."""
+    """Linear layers: 2 · (128² + 2 · 64 · 128 + 128² + 3 · 128 · 256) weights = 294,912, half a
+    byte each; an 8-bit constant per 64, a 32-bit one per 64 · 256. Embeddings and head (2 · 1000 ·
+    128) and norms (5 · 128) in float32.
+    """
     forecast = predict(quantised, "sft")
     layers, rest = 294_912, 2 * 1000 * 128 + 5 * 128
     assert forecast.parameters == layers + rest
@@ -94,8 +133,10 @@ def test_four_bits_by_hand(quantised):
 
 
 def test_lora_by_hand(quantised):
-    """Rank 16 on each linear layer: 16 · (inputs + outputs) weights in float32. Only they have moments: two of 32 bits,
-    or where a matrix has 4096 weights, as 3 in a layer do, two of 8 bits with a 32-bit constant per 256 weights."""
+    """Rank 16 on each linear layer: 16 · (inputs + outputs) weights in float32. Only they have
+    moments: two of 32 bits, or where a matrix has 4096 weights, as 3 in a layer do, two of 8 bits
+    with a 32-bit constant per 256 weights.
+    """
     forecast = predict(quantised, "dpo")
     each = [(128, 128), (128, 64), (128, 64), (128, 128), (128, 256), (128, 256), (256, 128)]
     adapters = 2 * sum(16 * (inputs + outputs) for inputs, outputs in each)
@@ -116,19 +157,25 @@ def test_what_saves_memory_is_seen_to(small):
 @pytest.mark.parametrize("method", ["dpo", "sft"])
 @pytest.mark.parametrize("kind", ["small", "quantised"])
 def test_a_deep_model_is_predicted_from_shallow_ones(request, monkeypatch, kind, method):
-    """Nine layers from 3 and 6 of them: what they are predicted to take when all nine are simulated, to 1 %."""
+    """Nine layers from 3 and 6 of them: what they are predicted to take when all nine are
+    simulated, to 1 %.
+    """
     profile = request.getfixturevalue(kind)
     config = simulate._with_layers(simulate.profile_config(profile), 9)
     monkeypatch.setattr(simulate, "profile_config", lambda profile: config)
     found = predict(profile, method)
-    whole = simulate._simulate(profile, method, "packed", "bfloat16", "cuda", found.lengths, 64, config)
+    whole = simulate._simulate(
+        profile, method, "packed", "bfloat16", "cuda", found.lengths, 64, config
+    )
     assert found.parameters == whole.parameters
     assert found.parts == pytest.approx(whole.parts, rel=0.01, abs=1e4)
     assert found.phases == pytest.approx(whole.phases, rel=0.01)
 
 
 def test_a_large_model_is_predicted_without_its_memory(tmp_path):
-    """Two layers as wide as Mistral-7B's hold 700 million weights, 2.8 GB: this process does not grow by a tenth."""
+    """Two layers as wide as Mistral-7B's hold 700 million weights, 2.8 GB: this process does not
+    grow by a tenth.
+    """
     config = MistralConfig(num_hidden_layers=2, hidden_size=4096, intermediate_size=14336)
     profile, before = profile_of(tmp_path, config), psutil.Process().memory_info().rss
     assert predict(profile, "sft").parts["weights"] > 2.7e9
@@ -136,7 +183,9 @@ def test_a_large_model_is_predicted_without_its_memory(tmp_path):
 
 
 def test_where_it_does_not_fit_a_setting_that_helps_is_named(small, monkeypatch):
-    """The limit is put between what the profile takes and what it takes with an evaluation of one pair at a time."""
+    """The limit is put between what the profile takes and what it takes with an evaluation of one
+    pair at a time.
+    """
     large = replace(small, eval_batch=512)
     alone = predict(replace(large, eval_batch=1), "orpo").peak
     monkeypatch.setattr(memory, "ASIDE_GB", 0.0)
@@ -156,8 +205,16 @@ def test_the_command_prints_parts_and_verdicts(small, monkeypatch, capsys):
     monkeypatch.setitem(PROFILES, "gpt2", small)
     assert memory.main(["--profile", "gpt2", "--gpu-gb", "16"]) == 0
     said = capsys.readouterr().out
-    assert all(f"{method}: fits in 16 GB" in said for method in memory.METHODS) and "activations" in said
-    assert memory.main(["--profile", "gpt2", "--gpu-gb", "0.9", "--method", "dpo", "--micro-batch", "1"]) == 1
+    assert (
+        all(f"{method}: fits in 16 GB" in said for method in memory.METHODS)
+        and "activations" in said
+    )
+    assert (
+        memory.main(
+            ["--profile", "gpt2", "--gpu-gb", "0.9", "--method", "dpo", "--micro-batch", "1"]
+        )
+        == 1
+    )
     assert "dpo: does not fit in 0.9 GB" in capsys.readouterr().out
 
 
@@ -177,7 +234,10 @@ def test_a_lab_says_what_it_expects_and_what_it_took(trained_lab, capsys):
     assert "at most 2.00 GB more" in capsys.readouterr().out
     memory.compare(expected, SimpleNamespace(record={"peak_memory_bytes": 1, "device": "cpu"}))
     assert "not measured in this process" in capsys.readouterr().out
-    memory.compare(expected, SimpleNamespace(record={"peak_memory_bytes": expected.held + 10**9, "device": "cuda"}))
+    memory.compare(
+        expected,
+        SimpleNamespace(record={"peak_memory_bytes": expected.held + 10**9, "device": "cuda"}),
+    )
     assert "at most 1.00 GB more" in (said := capsys.readouterr().out) and "CPU" not in said
 
 
@@ -191,15 +251,21 @@ def test_only_dpo_samples_answers_while_it_trains(small):
     forecasts = [predict(small, method) for method in memory.METHODS]
     assert ["answers" in forecast.phases for forecast in forecasts] == [False, True, False]
     lines = memory.forecast_table(forecasts).splitlines()
-    assert lines[0].endswith("answers") and [line.endswith("–") for line in lines[1:]] == [True, False, True]
+    assert lines[0].endswith("answers") and [line.endswith("–") for line in lines[1:]] == [
+        True,
+        False,
+        True,
+    ]
 
 
 def test_the_longest_micro_batch_is_found(trained_lab):
     rows = memory.longest_rows(trained_lab, "orpo")
     recipe = trained_lab.profile.recipes["orpo"]
     assert len(rows) == min(recipe.micro_batch, recipe.batch_size) and recipe.path == "packed"
-    totals = [len(row["prompt_ids"]) + 2 * len(row["chosen_ids"] + row["rejected_ids"])
-              for row in trained_lab.train_pairs]  # fmt: skip
+    totals = [
+        len(row["prompt_ids"]) + 2 * len(row["chosen_ids"] + row["rejected_ids"])
+        for row in trained_lab.train_pairs
+    ]
     assert rows[0][0] + 2 * sum(rows[0][1:]) == max(totals)
     assert len(memory.longest_rows(trained_lab, "sft")[0]) == 2
 

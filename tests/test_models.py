@@ -1,4 +1,6 @@
-"""Tokenizers and models: the chat template, deterministic weights, loading from a folder, LoRA, the frozen copy."""
+"""Tokenizers and models: the chat template, deterministic weights, loading from a folder, LoRA, the
+frozen copy.
+"""
 
 import json
 
@@ -6,14 +8,21 @@ import pytest
 import tiny
 import torch
 from tiny import assert_same
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from common import models
 from common.data import load_pairs
 from common.evaluation import logps_of
+from common.lab import MissingRun, open_lab
 from common.models import ModelError
 from common.profiles import PROFILES, TINY, get_profile
-from common.runs import MissingRun, open_lab
 from common.toyworld import World
 from common.training import train
 
@@ -28,14 +37,20 @@ def tokenizer():
 
 def save_pretrained_gpt2(folder, tokenizer, positions: int = 512) -> None:
     """A GPT-2 in the way the hub keeps it: no pad token, no chat template."""
-    config = GPT2Config(vocab_size=len(tokenizer), n_positions=positions, n_embd=16, n_layer=1, n_head=2)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_positions=positions, n_embd=16, n_layer=1, n_head=2
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         GPT2LMHeadModel(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / "chat_template.jinja").unlink(missing_ok=True)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
-    settings = {name: value for name, value in settings.items() if name not in ("pad_token", "chat_template")}
+    settings = {
+        name: value
+        for name, value in settings.items()
+        if name not in ("pad_token", "chat_template")
+    }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
@@ -43,23 +58,36 @@ def save_pretrained_gpt2(folder, tokenizer, positions: int = 512) -> None:
 
 
 def test_the_chat_template_writes_the_format_of_the_data(tokenizer):
-    """A question, its answer with EOS, and a dialogue: character by character the text of the pairs."""
+    """A question, its answer with EOS, and a dialogue: character by character the text of the
+    pairs.
+    """
     ask, answer = {"role": "user", "content": " Hi "}, {"role": "assistant", "content": "Hello! "}
+
     def write(messages, **options):
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
 
     assert write([ask], add_generation_prompt=True) == f"{HUMAN} Hi{ASSISTANT}"
     assert write([ask, answer]) == f"{HUMAN} Hi{ASSISTANT} Hello!{tokenizer.eos_token}"
-    assert write([ask, answer, ask], add_generation_prompt=True) == f"{HUMAN} Hi{ASSISTANT} Hello!{HUMAN} Hi{ASSISTANT}"
+    assert (
+        write([ask, answer, ask], add_generation_prompt=True)
+        == f"{HUMAN} Hi{ASSISTANT} Hello!{HUMAN} Hi{ASSISTANT}"
+    )
 
 
 def test_the_chat_template_and_the_parser_agree(tokenizer):
-    """A transcript of the world, taken apart into turns and put together by the template, is the pair's text again."""
+    """A transcript of the world, taken apart into turns and put together by the template, is the
+    pair's text again.
+    """
     start = f"{HUMAN} a{ASSISTANT} b{HUMAN} c{ASSISTANT}"
     [pair] = load_pairs([{"chosen": f"{start} d", "rejected": f"{start} e"}])[0]
-    turns = [{"role": role, "content": text} for role, text in
-             [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]]  # fmt: skip
-    assert tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True) == pair["prompt"]
+    turns = [
+        {"role": role, "content": text}
+        for role, text in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    ]
+    assert (
+        tokenizer.apply_chat_template(turns[:3], tokenize=False, add_generation_prompt=True)
+        == pair["prompt"]
+    )
     whole = tokenizer.apply_chat_template(turns, tokenize=False)
     assert whole == pair["prompt"] + pair["chosen"] + tokenizer.eos_token
 
@@ -107,7 +135,9 @@ def test_a_saved_model_is_loaded_as_it_was(tmp_path, tokenizer):
     model.save_pretrained(tmp_path)
     loaded = models.load_model(tmp_path, PROFILE)
     assert loaded.dtype == torch.float32
-    for (name, one), (same, other) in zip(model.named_parameters(), loaded.named_parameters(), strict=True):
+    for (name, one), (same, other) in zip(
+        model.named_parameters(), loaded.named_parameters(), strict=True
+    ):
         assert name == same and torch.equal(one, other)
 
 
@@ -119,11 +149,16 @@ def test_a_reward_head_is_one_number_on_the_same_body(tmp_path, tokenizer):
     assert torch.equal(reward.transformer.wte.weight, model.transformer.wte.weight)
 
 
-@pytest.mark.parametrize("load", [models.load_tokenizer, lambda source: models.load_model(source, PROFILE)],
-                         ids=["tokenizer", "model"])  # fmt: skip
+@pytest.mark.parametrize(
+    "load",
+    [models.load_tokenizer, lambda source: models.load_model(source, PROFILE)],
+    ids=["tokenizer", "model"],
+)
 def test_an_unreachable_hub_says_how_to_go_on_offline(load):
     """The tests run with HF_HUB_OFFLINE=1."""
-    with pytest.raises(ModelError, match="nobody/nothing.*offline, point LAB_MODEL to a folder.*LAB_PROFILE=cpu"):
+    with pytest.raises(
+        ModelError, match="nobody/nothing.*offline, point LAB_MODEL to a folder.*LAB_PROFILE=cpu"
+    ):
         load("nobody/nothing")
 
 
@@ -144,12 +179,16 @@ def test_pickled_weights_are_refused(tmp_path, tokenizer):
 def test_a_context_that_is_too_short_is_named(tokenizer):
     model = models.new_tiny_model(PROFILE, tokenizer)
     models.check_fits(model, tokenizer, PROFILE)
-    with pytest.raises(ModelError, match="160 positions, the profile needs 161.*Name another LAB_MODEL"):
+    with pytest.raises(
+        ModelError, match="160 positions, the profile needs 161.*Name another LAB_MODEL"
+    ):
         models.check_fits(model, tokenizer, tiny.micro_profile(max_length=161))
 
 
 def test_a_tokenizer_with_more_words_than_the_model_is_named(tokenizer):
-    """Its ids would point past the embedding's last row. Fewer words are usual: Qwen's embedding is padded."""
+    """Its ids would point past the embedding's last row. Fewer words are usual: Qwen's embedding is
+    padded.
+    """
     model = models.new_tiny_model(PROFILE, tokenizer)
     model.resize_token_embeddings(len(tokenizer) + 8)
     models.check_fits(model, tokenizer, PROFILE)
@@ -163,13 +202,17 @@ def test_a_tokenizer_without_an_end_token_is_named(tmp_path):
     endless = tiny.tokenizer()
     endless.eos_token = None
     endless.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="has no end token .EOS., which training needs: name another LAB_MODEL"):
+    with pytest.raises(
+        ModelError, match="has no end token .EOS., which training needs: name another LAB_MODEL"
+    ):
         models.load_tokenizer(tmp_path)
 
 
 def test_the_gpt2_profile_trains_from_a_local_folder(tmp_path, tokenizer, monkeypatch, capsys):
-    """LAB_MODEL and LAB_DATA in place of the hub: the folder is the base, SFT and DPO start from it. GPT-2 comes with
-    dropout, which DPO must switch off: noise in the policy alone would move its first loss off ln 2."""
+    """LAB_MODEL and LAB_DATA in place of the hub: the folder is the base, SFT and DPO start from
+    it. GPT-2 comes with dropout, which DPO must switch off: noise in the policy alone would move
+    its first loss off ln 2.
+    """
     save_pretrained_gpt2(tmp_path / "my-gpt2", tokenizer)
     rows = World(4).pairs(80)
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -189,13 +232,23 @@ def test_the_gpt2_profile_trains_from_a_local_folder(tmp_path, tokenizer, monkey
 
 
 def test_the_middle_profile_trains_a_qwen_from_a_local_folder(tmp_path, tokenizer, monkeypatch):
-    """Tied embeddings, grouped heads, gradient checkpointing and a frozen second model: DPO starts at ln 2, and both
-    copies of the tied weights are saved as one."""
+    """Tied embeddings, grouped heads, gradient checkpointing and a frozen second model: DPO starts
+    at ln 2, and both copies of the tied weights are saved as one.
+    """
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
-    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "max_position_embeddings": 512}
-    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer) + 8, **sizes, **heads)).save_pretrained(tmp_path / "qwen")
+    sizes = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "max_position_embeddings": 512,
+    }
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=len(tokenizer) + 8, **sizes, **heads)).save_pretrained(
+        tmp_path / "qwen"
+    )
     tokenizer.save_pretrained(tmp_path / "qwen")
-    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in World(4).pairs(80)))
+    (tmp_path / "mine.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in World(4).pairs(80))
+    )
     for name, value in {"MODEL": "qwen", "DATA": "mine.jsonl", "RUNS": "runs"}.items():
         monkeypatch.setenv(f"LAB_{name}", str(tmp_path / value))
     lab = open_lab("qwen-0.5b")
@@ -203,7 +256,9 @@ def test_the_middle_profile_trains_a_qwen_from_a_local_folder(tmp_path, tokenize
     for stage in ("dpo_plain", "orpo"):
         run = train(lab, stage, epochs=0.3, evaluations=1, lr=1e-3)
         assert run.model.is_gradient_checkpointing and run.record["path"] == "packed"
-        for (name, weight), loaded in zip(run.model.named_parameters(), lab.load(stage).parameters(), strict=True):
+        for (name, weight), loaded in zip(
+            run.model.named_parameters(), lab.load(stage).parameters(), strict=True
+        ):
             assert torch.equal(weight, loaded), name
         if stage == "dpo_plain":
             assert_same(run.metrics[1]["loss"], 0.6931471805599453)
@@ -244,24 +299,39 @@ def test_a_merged_adapter_is_the_adapter_switched_on(adapted):
     _, model = adapted
     on = model(IDS).logits.detach()
     merged = models.merge_lora(model, "unused", PROFILE)
-    assert isinstance(merged, GPT2LMHeadModel) and not [name for name in merged.state_dict() if "lora" in name]
+    assert isinstance(merged, GPT2LMHeadModel) and not [
+        name for name in merged.state_dict() if "lora" in name
+    ]
     assert_same(merged(IDS).logits.detach(), on)
 
 
 def test_a_4_bit_model_is_merged_into_full_precision_weights(tmp_path):
-    """W + (alpha / rank) * B A with alpha = 2 * rank, on W as it was saved: not on its rounding to four bits."""
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    """W + (alpha / rank) * B A with alpha = 2 * rank, on W as it was saved: not on its rounding to
+    four bits.
+    """
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     base = LlamaForCausalLM(LlamaConfig(vocab_size=32, max_position_embeddings=64, **sizes))
     base.save_pretrained(tmp_path)
     profile = tiny.micro_profile(four_bit=True, lora=4)
     model = models.add_lora(models.load_model(tmp_path, profile), profile)
     layer = model.base_model.model.model.layers[0].self_attn.q_proj
     layer.lora_B.default.weight.data += 0.1
-    update = 2 * layer.lora_B.default.weight.detach().float() @ layer.lora_A.default.weight.detach().float()
+    update = (
+        2
+        * layer.lora_B.default.weight.detach().float()
+        @ layer.lora_A.default.weight.detach().float()
+    )
     rounded = layer.base_layer.weight
     assert rounded.dtype == torch.uint8
     merged = models.merge_lora(model, tmp_path, profile)
-    before, after = (each.model.layers[0].self_attn.q_proj.weight.detach() for each in (base, merged))
+    before, after = (
+        each.model.layers[0].self_attn.q_proj.weight.detach() for each in (base, merged)
+    )
     assert after.dtype == torch.float32 and update.abs().max() > 1e-3
     assert_same(after, before + update, 1e-5)
 
@@ -276,7 +346,9 @@ def test_the_head_of_a_reward_model_is_trained_beside_its_adapter(tmp_path, toke
     models.new_tiny_model(PROFILE, tokenizer).save_pretrained(tmp_path)
     model = models.add_lora(models.load_model(tmp_path, PROFILE, reward_head=True), PROFILE)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert [name for name in trained if "score" in name] and [name for name in trained if "lora_" in name]
+    assert [name for name in trained if "score" in name] and [
+        name for name in trained if "lora_" in name
+    ]
 
 
 def test_a_frozen_copy_does_not_follow_the_model(tokenizer):

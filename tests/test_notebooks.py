@@ -1,4 +1,6 @@
-"""Runs every notebook in order on the smoke profile, offline, in one fresh run folder that they share."""
+"""Runs every notebook in order on the smoke profile, offline, in one fresh run folder that they
+share.
+"""
 
 import os
 import subprocess
@@ -25,7 +27,10 @@ failed: list[str] = []  # the first notebook that failed: the later ones build o
 
 def test_every_notebook_is_tested():
     """A notebook that is missing, renamed or not yet in the list above fails here."""
-    assert sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/*.ipynb")) == NOTEBOOKS
+    assert (
+        sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/*.ipynb"))
+        == NOTEBOOKS
+    )
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +46,21 @@ def test_notebook_runs(notebook, environment):
     if failed:
         pytest.fail(f"not run, because {failed[0]} failed before it", pytrace=False)
     failed.append(notebook)
-    options = ["-x", "--color=no", "--nbval-lax", "--nbval-current-env", f"--nbval-cell-timeout={CELL_TIMEOUT}"]
+    options = [
+        "-x",
+        "--color=no",
+        "--nbval-lax",
+        "--nbval-current-env",
+        f"--nbval-cell-timeout={CELL_TIMEOUT}",
+    ]
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *options, notebook]
     result = subprocess.run(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, encoding="utf-8"
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        encoding="utf-8",
     )
     if result.returncode != 0:
         pytest.fail(f"{notebook}\n{result.stdout}", pytrace=False)

@@ -3,27 +3,35 @@
 import pytest
 import torch
 
-from common.optimizers import new_optimizer
 from common.profiles import PROFILES
+from common.training.optimizers import new_optimizer
 
 
 def built(name: str, device: str):
-    """(optimiser, note) for one weight. It stays on the CPU: what is built does not depend on where the weight is."""
+    """(optimiser, note) for one weight. It stays on the CPU: what is built does not depend on where
+    the weight is.
+    """
     profile = PROFILES[name]
-    return new_optimizer([torch.nn.Parameter(torch.ones(3))], profile.recipes["dpo"], profile, device)
+    return new_optimizer(
+        [torch.nn.Parameter(torch.ones(3))], profile.recipes["dpo"], profile, device
+    )
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpt2"])
 def test_on_a_cpu_it_is_adamw_as_torch_has_it(name):
     optimizer, note = built(name, "cpu")
-    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is None and note == ""
+    assert (
+        type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is None and note == ""
+    )
     recipe = PROFILES[name].recipes["dpo"]
     assert (optimizer.defaults["lr"], optimizer.defaults["betas"]) == (recipe.lr, recipe.betas)
 
 
 def test_on_a_gpu_adamw_is_fused():
     optimizer, note = built("gpt2", "cuda")
-    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True and note == ""
+    assert (
+        type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True and note == ""
+    )
 
 
 def test_paged_8_bit_adamw_is_for_gpus_and_a_note_says_so_elsewhere():

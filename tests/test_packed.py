@@ -1,4 +1,6 @@
-"""The packed path: equal to the simple computation, cheaper, and out of the way where a model cannot do it."""
+"""The packed path: equal to the simple computation, cheaper, and out of the way where a model
+cannot do it.
+"""
 
 import copy
 import json
@@ -10,15 +12,17 @@ import torch
 import transformers as hf
 from tiny import assert_same, gpt2, naive_token_logps, ragged_rows
 
-from common import models, reference, runs
+from common import lab as runs
+from common import models
 from common.data import collate
+from common.io.files import read_metrics
 from common.logprobs import PairLogps, SideLogps, checked_path, packed_layout, response_logps
-from common.loop import Trainer
 from common.losses import objective, scored_tokens
-from common.plots import packed_pair
+from common.plots.figures import packed_pair
 from common.profiles import PROFILES, Recipe
-from common.runs import read_metrics
+from common.training import reference
 from common.training import train as train_stage
+from common.training.trainer import Trainer
 
 ROWS = ragged_rows(8)
 DPO = Recipe(lr=1.0, beta=0.3, nll_weight=0.5)
@@ -27,20 +31,33 @@ ORPO = Recipe(lr=1.0, lambda_or=0.7, nll_on_prompt=True)
 
 def naive_logps(model, rows) -> PairLogps:
     """One row at a time, no padding, log-softmax over every position."""
-    parts = {side: [naive_token_logps(model, row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
-             for side in ("chosen", "rejected")}  # fmt: skip
-    sums = {side: torch.stack([response.sum() for _, response in found]) for side, found in parts.items()}
+    parts = {
+        side: [naive_token_logps(model, row["prompt_ids"], row[f"{side}_ids"]) for row in rows]
+        for side in ("chosen", "rejected")
+    }
+    sums = {
+        side: torch.stack([response.sum() for _, response in found])
+        for side, found in parts.items()
+    }
     sums["prompt"] = torch.stack([prompt.sum() for prompt, _ in parts["chosen"]])
-    return PairLogps(**{name: SideLogps(value, torch.tensor([len(row[f"{name}_ids"]) for row in rows]))
-                        for name, value in sums.items()})  # fmt: skip
+    return PairLogps(
+        **{
+            name: SideLogps(value, torch.tensor([len(row[f"{name}_ids"]) for row in rows]))
+            for name, value in sums.items()
+        }
+    )
 
 
-def loss_and_gradients(model, method: str, recipe: Recipe, logps, known=None) -> tuple[torch.Tensor, torch.Tensor]:
+def loss_and_gradients(
+    model, method: str, recipe: Recipe, logps, known=None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The loss, and all gradients in one row."""
     model.zero_grad()
     loss, _ = objective(method, recipe, logps, known, len(ROWS), scored_tokens(ROWS, recipe))
     loss.backward()
-    return loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    return loss.detach(), torch.cat(
+        [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    )
 
 
 def packed(model, rows=ROWS, **options) -> PairLogps:
@@ -57,7 +74,9 @@ def sum_with_weights(logps: PairLogps) -> torch.Tensor:
 
 
 def test_log_probabilities_equal_the_naive_ones():
-    """Ragged rows, float64: eight pairs in one row of 135 tokens give what sixteen rows, one at a time, give."""
+    """Ragged rows, float64: eight pairs in one row of 135 tokens give what sixteen rows, one at a
+    time, give.
+    """
     ours, naive = packed(gpt2()), naive_logps(gpt2(), ROWS)
     assert_same(ours.chosen.sums, naive.chosen.sums)
     assert_same(ours.rejected.sums, naive.rejected.sums)
@@ -75,14 +94,18 @@ def test_losses_and_gradients_equal_the_naive_ones(method, recipe):
     naive_policy = naive_logps(model, ROWS)
     naive_policy.prompt = naive_policy.prompt if prompt else None
     expected, slow = loss_and_gradients(model, method, recipe, naive_policy, naive_known)
-    loss, fast = loss_and_gradients(model, method, recipe, packed(model, score_prompt=prompt), known)
+    loss, fast = loss_and_gradients(
+        model, method, recipe, packed(model, score_prompt=prompt), known
+    )
     assert_same(loss, expected)
     assert_same(fast, slow)
     assert fast.abs().max() > 1e-3
 
 
 def test_float32_gradients_are_off_by_rounding_only():
-    """Against the gradients of the same weights in float64: the error's norm is below 2e-6 of the gradient's."""
+    """Against the gradients of the same weights in float64: the error's norm is below 2e-6 of the
+    gradient's.
+    """
     small = gpt2(torch.float32)
     exact = copy.deepcopy(small).double()
     sum_with_weights(packed(small)).backward()
@@ -115,22 +138,31 @@ def test_pairs_of_a_batch_do_not_see_each_other():
 
 
 def test_the_two_responses_of_a_pair_do_not_see_each_other():
-    """Another chosen answer, also a longer one, leaves the rejected one's log-probability as it was."""
+    """Another chosen answer, also a longer one, leaves the rejected one's log-probability as it
+    was.
+    """
     model = gpt2()
     others = [row | {"chosen_ids": [5, 6, 7, 8, *row["chosen_ids"]]} for row in ROWS]
     assert_same(packed(model, others).rejected.sums, packed(model).rejected.sums)
-    swapped = [row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in ROWS]
+    swapped = [
+        row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in ROWS
+    ]
     assert_same(packed(model, swapped).chosen.sums, packed(model).rejected.sums)
 
 
 def test_the_adapter_switched_off_is_the_reference():
-    """LoRA with weights far from fresh: policy and reference, losses and gradients, equal the naive ones."""
+    """LoRA with weights far from fresh: policy and reference, losses and gradients, equal the naive
+    ones.
+    """
     model = models.add_lora(gpt2(), PROFILES["smoke"]).double().eval()
     for number, (name, parameter) in enumerate(model.named_parameters()):
         if "lora_" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     found = {}
-    for name, compute in (("packed", packed), ("naive", lambda m: replace(naive_logps(m, ROWS), prompt=None))):
+    for name, compute in (
+        ("packed", packed),
+        ("naive", lambda m: replace(naive_logps(m, ROWS), prompt=None)),
+    ):
         with torch.no_grad(), model.disable_adapter():
             known = compute(model)
         found[name] = loss_and_gradients(model, "dpo", DPO, compute(model), known)
@@ -152,6 +184,7 @@ def test_gradient_checkpointing_recomputes_the_same(reentrant):
 
 def test_a_wrapped_model_is_packed_too():
     """Distributed training hides the model in `.module`."""
+
     class Wrapper(torch.nn.Module):
         def __init__(self, module):
             super().__init__()
@@ -178,20 +211,28 @@ def test_under_autocast_the_sums_are_exact_and_the_rest_is_bfloat16():
 
 @pytest.mark.parametrize("score_prompt", [False, True])
 def test_the_model_reads_each_prompt_once_and_the_head_only_what_is_scored(score_prompt):
-    """Body: one row of all prompts, chosen and rejected answers. Head: the answers' tokens (and prompts less one)."""
+    """Body: one row of all prompts, chosen and rejected answers. Head: the answers' tokens (and
+    prompts less one).
+    """
     model, seen = gpt2(), {}
-    model.transformer.wte.register_forward_hook(lambda _, inputs, output: seen.update(body=tuple(inputs[0].shape)))
-    model.lm_head.register_forward_hook(lambda _, inputs, output: seen.update(head=tuple(output.shape)))
+    model.transformer.wte.register_forward_hook(
+        lambda _, inputs, output: seen.update(body=tuple(inputs[0].shape))
+    )
+    model.lm_head.register_forward_hook(
+        lambda _, inputs, output: seen.update(head=tuple(output.shape))
+    )
     packed(model, score_prompt=score_prompt)
-    prompts, chosen, rejected = (sum(len(row[f"{part}_ids"]) for row in ROWS)
-                                 for part in ("prompt", "chosen", "rejected"))  # fmt: skip
+    prompts, chosen, rejected = (
+        sum(len(row[f"{part}_ids"]) for row in ROWS) for part in ("prompt", "chosen", "rejected")
+    )
     assert seen["body"] == (1, prompts + chosen + rejected)
     assert seen["head"] == (chosen + rejected + (prompts - len(ROWS) if score_prompt else 0), 23)
 
 
 def test_layout_of_two_pairs_by_hand():
-    """Lengths (2, 2, 3) and (1, 2, 1): both answers of a pair go on from the end of its prompt, and the first token of
-    each is predicted by the prompt's last, at index 1 and 7."""
+    """Lengths (2, 2, 3) and (1, 2, 1): both answers of a pair go on from the end of its prompt, and
+    the first token of each is predicted by the prompt's last, at index 1 and 7.
+    """
     layout = packed_layout(torch.tensor([[2, 2, 3], [1, 2, 1]]))
     assert layout.part.tolist() == [0, 0, 1, 1, 2, 2, 2, 3, 4, 4, 5]
     assert layout.position_ids.tolist() == [0, 1, 2, 3, 2, 3, 4, 0, 1, 2, 1]
@@ -201,11 +242,15 @@ def test_layout_of_two_pairs_by_hand():
 
 
 def test_the_figure_shows_the_attention_that_is_computed():
-    """Attention of random states over a packed pair, and with the mask that the figure draws, spelt out: the same."""
+    """Attention of random states over a packed pair, and with the mask that the figure draws, spelt
+    out: the same.
+    """
     lengths, module = (3, 4, 2), torch.nn.Identity()
     figure = packed_pair(*(["x"] * length for length in lengths))
     mask = torch.from_numpy(figure.axes[0].images[0].get_array() > 0)
-    states = torch.randn(3, 1, 2, 9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    states = torch.randn(
+        3, 1, 2, 9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     ours, _ = hf.AttentionInterface()["sdpa"](module, *states, torch.tensor([[[lengths]]]))
     scores = (states[0] @ states[1].transpose(-1, -2) / 5**0.5).masked_fill(~mask, -torch.inf)
     assert_same(ours, (scores.softmax(-1) @ states[2]).transpose(1, 2))
@@ -216,9 +261,17 @@ def test_the_figure_shows_the_attention_that_is_computed():
 # --- where it stands aside
 
 SIZES = {
-    "vocab_size": 23, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "max_position_embeddings": 64, "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
-}  # fmt: skip
+    "vocab_size": 23,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 1,
+}
 GROUPED = SIZES | {"num_key_value_heads": 2}
 LAYERS = {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
 
@@ -233,15 +286,36 @@ def build(name: str):
             "qwen3": lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**GROUPED, head_dim=8)),
             "phi3": lambda: hf.Phi3ForCausalLM(hf.Phi3Config(**GROUPED)),
             "gpt-neox": lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**SIZES)),
-            "opt": lambda: hf.OPTForCausalLM(hf.OPTConfig(
-                vocab_size=23, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=4, dropout=0.0,
-                max_position_embeddings=64, word_embed_proj_dim=16, init_std=0.2)),
-            "gemma3": lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**GROUPED, **LAYERS, sliding_window=8)),
+            "opt": lambda: hf.OPTForCausalLM(
+                hf.OPTConfig(
+                    vocab_size=23,
+                    hidden_size=16,
+                    ffn_dim=24,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    dropout=0.0,
+                    max_position_embeddings=64,
+                    word_embed_proj_dim=16,
+                    init_std=0.2,
+                )
+            ),
+            "gemma3": lambda: hf.Gemma3ForCausalLM(
+                hf.Gemma3TextConfig(**GROUPED, **LAYERS, sliding_window=8)
+            ),
             "mistral": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=8)),
-            "mistral, long window": lambda: hf.MistralForCausalLM(hf.MistralConfig(**GROUPED, sliding_window=64)),
-            "falcon": lambda: hf.FalconForCausalLM(hf.FalconConfig(
-                vocab_size=23, hidden_size=16, num_hidden_layers=2, num_attention_heads=4, alibi=False)),
-        }[name]()  # fmt: skip
+            "mistral, long window": lambda: hf.MistralForCausalLM(
+                hf.MistralConfig(**GROUPED, sliding_window=64)
+            ),
+            "falcon": lambda: hf.FalconForCausalLM(
+                hf.FalconConfig(
+                    vocab_size=23,
+                    hidden_size=16,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    alibi=False,
+                )
+            ),
+        }[name]()
     return model.double().eval()
 
 
@@ -249,10 +323,13 @@ def check(model, rows=ROWS[:4], longest=ROWS[4]) -> tuple[str, str]:
     return checked_path(model, [collate(rows), collate([longest])])
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3", "phi3", "gpt-neox", "opt", "mistral, long window"])
+@pytest.mark.parametrize(
+    "name", ["gpt2", "llama", "qwen3", "phi3", "gpt-neox", "opt", "mistral, long window"]
+)
 def test_models_that_are_packed(name):
-    """Learned or rotary positions, grouped heads, heads of their own. OPT, whose library code builds no mask for packed
-    rows, is right all the same: here no model is asked to build one."""
+    """Learned or rotary positions, grouped heads, heads of their own. OPT, whose library code
+    builds no mask for packed rows, is right all the same: here no model is asked to build one.
+    """
     model = build(name)
     path, why = check(model)
     assert path == "packed" and "on the first batch and the longest row" in why
@@ -263,14 +340,18 @@ def test_models_that_are_packed(name):
 
 @pytest.mark.parametrize("name", ["gemma3", "mistral"])
 def test_a_window_shorter_than_the_longest_row_stands_aside(name):
-    """Row 4 has 15 tokens. Packed rows would be wrong, without an error: the window is known to the masks only."""
+    """Row 4 has 15 tokens. Packed rows would be wrong, without an error: the window is known to the
+    masks only.
+    """
     model = build(name)
     assert check(model) == ("simple", "it looks back 8 tokens only, and the longest row has 15")
     assert (packed(model).chosen.sums - naive_logps(model, ROWS).chosen.sums).abs().max() > 0.1
 
 
 def test_the_longest_row_decides_about_a_window():
-    """The first batch, a row of 3 + 4 tokens, fits into the window of 8 tokens; a later row does not."""
+    """The first batch, a row of 3 + 4 tokens, fits into the window of 8 tokens; a later row does
+    not.
+    """
     short = [{"prompt_ids": [4, 5, 6], "chosen_ids": [7, 8, 1], "rejected_ids": [9, 10, 11, 1]}]
     assert check(build("mistral"), short, short[0])[0] == "packed"
     assert check(build("mistral"), short, ROWS[4])[0] == "simple"
@@ -285,13 +366,19 @@ def test_eager_attention_stands_aside_and_is_refused():
 
 
 def test_a_model_that_fails_on_packed_rows_stands_aside():
-    """Falcon calls the attention kernel itself, which refuses a table of lengths in place of a mask."""
+    """Falcon calls the attention kernel itself, which refuses a table of lengths in place of a
+    mask.
+    """
     path, why = check(build("falcon"))
-    assert path == "simple" and why.startswith("packed rows fail with RuntimeError: Expected attn_mask dtype")
+    assert path == "simple" and why.startswith(
+        "packed rows fail with RuntimeError: Expected attn_mask dtype"
+    )
 
 
 def counts_on(from_position: int):
-    """A GPT-2 that ignores position ids where one is as high as this, and counts on from one answer to the next."""
+    """A GPT-2 that ignores position ids where one is as high as this, and counts on from one answer
+    to the next.
+    """
     model = gpt2(positions=256)
     forward = model.transformer.forward
 
@@ -308,11 +395,15 @@ def test_a_model_with_other_numbers_stands_aside():
     model = counts_on(from_position=0)
     path, why = check(model)
     assert path == "simple" and why.startswith("packed rows differ by up to ")
-    assert (packed(model).rejected.means - naive_logps(model, ROWS).rejected.means).abs().max() > 0.1
+    assert (
+        packed(model).rejected.means - naive_logps(model, ROWS).rejected.means
+    ).abs().max() > 0.1
 
 
 def test_a_model_that_is_wrong_on_the_longest_row_only_stands_aside():
-    """Right for positions up to 13. The first batch has rows of up to 9 + 5 = 14 tokens, row 2 has 3 + 12 = 15."""
+    """Right for positions up to 13. The first batch has rows of up to 9 + 5 = 14 tokens, row 2 has
+    3 + 12 = 15.
+    """
     model = counts_on(from_position=14)
     assert check(model, ROWS[:2], ROWS[1])[0] == "packed"
     assert check(model, ROWS[:2], ROWS[2])[0] == "simple"
@@ -338,7 +429,9 @@ def test_the_check_leaves_mode_and_random_numbers_alone(training):
 
 
 def test_other_users_of_sdpa_attention_are_left_alone():
-    """The packed attention is registered under the library's own name: padded batches still equal eager attention."""
+    """The packed attention is registered under the library's own name: padded batches still equal
+    eager attention.
+    """
     model, batch = gpt2(), collate(ROWS)
     simple = response_logps(model, batch)
     model.set_attn_implementation("eager")
@@ -353,10 +446,14 @@ def lab(trained_lab):
     return trained_lab
 
 
-def make_trainer(lab, folder, stage: str = "dpo", dtype=torch.float64, attention="sdpa", parent="sft", **changes):
+def make_trainer(
+    lab, folder, stage: str = "dpo", dtype=torch.float64, attention="sdpa", parent="sft", **changes
+):
     """A trainer that is ready to step, in float64."""
     recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
-    trainer = Trainer(lab, stage, recipe, lab.train_pairs.to_list(), lab.test_pairs.to_list(), folder)
+    trainer = Trainer(
+        lab, stage, recipe, lab.train_pairs.to_list(), lab.test_pairs.to_list(), folder
+    )
     policy, frozen = lab.load("sft").to(dtype), models.freeze(lab.load(parent).to(dtype))
     for model in (policy, frozen):
         model.set_attn_implementation(attention)
@@ -366,8 +463,12 @@ def make_trainer(lab, folder, stage: str = "dpo", dtype=torch.float64, attention
 
 @pytest.mark.parametrize("stage", ["dpo", "orpo"])
 def test_steps_on_either_path_are_the_same(lab, tmp_path, stage):
-    """Three steps in float64: every metric to 1e-9. The FLOPs are counted on the run's path and on the simple one."""
-    fast, slow = (make_trainer(lab, tmp_path, stage, path=path, lr=1e-3) for path in ("packed", "simple"))
+    """Three steps in float64: every metric to 1e-9. The FLOPs are counted on the run's path and on
+    the simple one.
+    """
+    fast, slow = (
+        make_trainer(lab, tmp_path, stage, path=path, lr=1e-3) for path in ("packed", "simple")
+    )
     assert (fast.path, slow.path) == ("packed", "simple")
     for _ in range(3):
         one, other = fast.step(), slow.step()
@@ -382,20 +483,28 @@ def test_steps_on_either_path_are_the_same(lab, tmp_path, stage):
 
 
 def test_policy_and_reference_are_both_packed(lab, tmp_path):
-    """Each reads every micro-batch of a step as one row. (The first step also counts the FLOPs of the simple path.)"""
+    """Each reads every micro-batch of a step as one row. (The first step also counts the FLOPs of
+    the simple path.)
+    """
     trainer, seen = make_trainer(lab, tmp_path), {}
     trainer.step()
     for name, model in (("policy", trainer.model), ("reference", trainer.reference)):
         model.transformer.wte.register_forward_hook(
-            lambda _, inputs, output, name=name: seen.setdefault(name, set()).add(len(inputs[0])))  # fmt: skip
+            lambda _, inputs, output, name=name: seen.setdefault(name, set()).add(len(inputs[0]))
+        )
     trainer.step()
     assert seen == {"policy": {1}, "reference": {1}}
 
 
 def test_a_run_checks_its_longest_row_too(lab, tmp_path):
-    """A window of just the longest row of all will do; one token less will not, though the first batch fits."""
+    """A window of just the longest row of all will do; one token less will not, though the first
+    batch fits.
+    """
     rows = lab.train_pairs.to_list()
-    lengths = [len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"])) for row in rows]
+    lengths = [
+        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+        for row in rows
+    ]
     longest, paths = max(lengths), []
     for window in (longest, longest - 1):
         policy = lab.load("sft")
@@ -426,7 +535,9 @@ def test_the_simple_path_can_be_asked_for_and_needs_no_word(lab, tmp_path, capsy
 
 
 def test_tokens_as_the_model_sees_them(lab, tmp_path):
-    """Prompts of 1 and 9, chosen 1 and 5, rejected 8 and 2 (EOS counted). Simple: four rows of 14; packed: 26."""
+    """Prompts of 1 and 9, chosen 1 and 5, rejected 8 and 2 (EOS counted). Simple: four rows of 14;
+    packed: 26.
+    """
     batch = collate(ROWS[:2])
     trainer = make_trainer(lab, tmp_path)
     assert trainer.padded(batch, "simple") == 4 * 14
@@ -437,7 +548,9 @@ def test_tokens_as_the_model_sees_them(lab, tmp_path):
 
 
 def test_losses_with_the_cache_are_those_without(lab, tmp_path):
-    """Four steps over other batches than those it was computed in, with the base as reference: float64, to 1e-12."""
+    """Four steps over other batches than those it was computed in, with the base as reference:
+    float64, to 1e-12.
+    """
     plain = make_trainer(lab, tmp_path, lr=1e-3, parent="base")
     cached = make_trainer(lab, tmp_path, lr=1e-3, parent="base", cache_reference=True)
     for _ in range(4):
@@ -450,7 +563,9 @@ def test_losses_with_the_cache_are_those_without(lab, tmp_path):
 def test_with_the_cache_one_model_is_left(lab, tmp_path):
     """The reference's weights are gone from memory, not only from sight."""
     recipe = replace(lab.profile.recipes["dpo"], cache_reference=True)
-    trainer = Trainer(lab, "dpo", recipe, lab.train_pairs.to_list(), lab.test_pairs.to_list(), tmp_path)
+    trainer = Trainer(
+        lab, "dpo", recipe, lab.train_pairs.to_list(), lab.test_pairs.to_list(), tmp_path
+    )
     frozen = models.freeze(lab.load("sft"))
     gone = weakref.ref(frozen.transformer.wte)
     trainer.build(lab.load("sft"), frozen)
@@ -469,18 +584,27 @@ def test_evaluations_with_the_cache_keep_all_but_kl(lab):
         for name in other:
             assert_same(one[name], other[name], 1e-5)
     zero = cached.metrics[0]
-    assert zero["held_out_rewards_chosen"] == zero["held_out_margin"] == 0.0 and "held_out_win_rate" in zero
+    assert (
+        zero["held_out_rewards_chosen"] == zero["held_out_margin"] == 0.0
+        and "held_out_win_rate" in zero
+    )
 
 
 def test_the_adapter_switched_off_is_cached_and_kl_stays(lab):
-    run = train_stage(lab, "dpo_lora", sweep="cached", cache_reference=True, epochs=1.0, evaluations=1, lr=5e-3)
+    run = train_stage(
+        lab, "dpo_lora", sweep="cached", cache_reference=True, epochs=1.0, evaluations=1, lr=5e-3
+    )
     assert_same(run.metrics[1]["margin"], 0.0, 1e-6)
     assert run.metrics[0]["held_out_kl"] == 0.0 != run.metrics[-1]["held_out_kl"]
-    assert run.record["hyperparameters"]["cache_reference"] and abs(run.metrics[-1]["margin"]) > 1e-3
+    assert (
+        run.record["hyperparameters"]["cache_reference"] and abs(run.metrics[-1]["margin"]) > 1e-3
+    )
 
 
 def columns_of(lab, folder, model, rows) -> dict:
-    return reference.reference_columns(folder, model, rows, 0, 16, "packed", "float32", show=False)[0]
+    return reference.reference_columns(folder, model, rows, 0, 16, "packed", "float32", show=False)[
+        0
+    ]
 
 
 def test_the_cache_is_read_where_model_and_data_are_the_same(lab, tmp_path, monkeypatch, capsys):
@@ -488,14 +612,21 @@ def test_the_cache_is_read_where_model_and_data_are_the_same(lab, tmp_path, monk
     rows, model = lab.train_pairs.to_list(), lab.load("sft")
     first = reference.reference_columns(tmp_path, model, rows, 0, 16, "packed", "float32")
     monkeypatch.setattr(reference, "logps_of", None)
-    assert reference.reference_columns(tmp_path, lab.load("sft"), rows, 0, 16, "packed", "float32") == first
+    assert (
+        reference.reference_columns(tmp_path, lab.load("sft"), rows, 0, 16, "packed", "float32")
+        == first
+    )
     said = capsys.readouterr().out
-    assert "of 40 pairs: computed once, in" in said and "of 40 pairs: read, computed before in" in said
+    assert (
+        "of 40 pairs: computed once, in" in said and "of 40 pairs: read, computed before in" in said
+    )
     assert list(first[0]) == ["reference_chosen_logps", "reference_rejected_logps"]
     assert first[1]["reference_flops"] > 0 and first[1]["wall"] > 0
 
 
-@pytest.mark.parametrize("changed", ["a weight", "a token", "the order", "the source", "the versions"])
+@pytest.mark.parametrize(
+    "changed", ["a weight", "a token", "the order", "the source", "the versions"]
+)
 def test_the_cache_is_invalid_where_anything_changes(lab, tmp_path, monkeypatch, changed):
     """The smallest change computes anew, beside the old file, which stays valid for what it was."""
     rows, model = lab.train_pairs.to_list(), lab.load("sft")
@@ -518,7 +649,9 @@ def test_the_cache_is_invalid_where_anything_changes(lab, tmp_path, monkeypatch,
 
 
 def test_a_lora_adapter_does_not_count_to_the_references_weights(lab):
-    """Off, it changes nothing: the same file serves before and after training it. A weight of the model does count."""
+    """Off, it changes nothing: the same file serves before and after training it. A weight of the
+    model does count.
+    """
     model = models.add_lora(lab.load("sft"), lab.profile)
     before = reference.weights_digest(model)
     for name, parameter in model.named_parameters():
@@ -530,23 +663,33 @@ def test_a_lora_adapter_does_not_count_to_the_references_weights(lab):
 
 
 def test_the_cost_of_the_cache_is_counted_to_the_run(lab):
-    """One epoch with every row once: the reference's forward passes are done before instead of during training, so
-    the FLOPs of the run are the same (to 3 %: those of the steps are scaled up from the first batch)."""
+    """One epoch with every row once: the reference's forward passes are done before instead of
+    during training, so the FLOPs of the run are the same (to 3 %: those of the steps are scaled up
+    from the first batch).
+    """
     settings = {"epochs": 1.0, "evaluations": 1, "nll_weight": 0.0}
     plain = train_stage(lab, "dpo", sweep="plain-cost", **settings).record
     cached = train_stage(lab, "dpo", sweep="cached-cost", cache_reference=True, **settings).record
     assert abs(cached["train_flops"] / plain["train_flops"] - 1) < 0.03
-    twice = train_stage(lab, "dpo", sweep="cached-twice", cache_reference=True, **settings | {"epochs": 2.0}).record
+    twice = train_stage(
+        lab, "dpo", sweep="cached-twice", cache_reference=True, **settings | {"epochs": 2.0}
+    ).record
     assert twice["train_flops"] < 1.85 * plain["train_flops"]  # (1 + 2 · 3) / (2 · 4) of 2 is 1.75
 
 
 def test_a_resumed_run_with_the_cache_is_bit_identical(lab, monkeypatch):
-    """Ended before step 6 of 10, gone on from checkpoint 4: weights, metrics and counters of a run without a break."""
+    """Ended before step 6 of 10, gone on from checkpoint 4: weights, metrics and counters of a run
+    without a break.
+    """
     settings = {"cache_reference": True, "checkpoint_every": 2}
     whole = train_stage(lab, "dpo", sweep="whole", **settings)
     step = Trainer.step
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", lambda self: step(self) if self.state["step"] < 5 else pytest.fail("stopped"))
+        patch.setattr(
+            Trainer,
+            "step",
+            lambda self: step(self) if self.state["step"] < 5 else pytest.fail("stopped"),
+        )
         with pytest.raises(pytest.fail.Exception, match="stopped"):
             train_stage(lab, "dpo", sweep="broken", **settings)
     resumed = train_stage(lab, "dpo", sweep="broken", **settings)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from common import profiles
+from common.lab import STAGES
 from common.profiles import PROFILES, TINY, WORLD, device_and_precision, get_profile
-from common.runs import STAGES
 
 
 @pytest.fixture
@@ -26,7 +26,11 @@ def test_every_profile_has_a_recipe_for_every_stage_it_trains(name):
     trained = set(STAGES) - (set() if profile.model == TINY else {"base"})
     assert set(profile.recipes) == trained
     for recipe in profile.recipes.values():
-        assert 0 < recipe.lr < 1e-1 and recipe.epochs > 0 and 0 < recipe.micro_batch <= recipe.batch_size
+        assert (
+            0 < recipe.lr < 1e-1
+            and recipe.epochs > 0
+            and 0 < recipe.micro_batch <= recipe.batch_size
+        )
 
 
 @pytest.mark.parametrize("name", PROFILES)
@@ -75,7 +79,9 @@ def test_the_rates_of_full_size_models_are_within_the_advice():
 
 
 def test_an_unknown_profile_is_refused_with_those_that_exist(no_settings, monkeypatch):
-    expected = "Unknown profile 'laptop'. Set LAB_PROFILE to one of: smoke, cpu, gpt2, qwen-0.5b, qlora-7b"
+    expected = (
+        "Unknown profile 'laptop'. Set LAB_PROFILE to one of: smoke, cpu, gpt2, qwen-0.5b, qlora-7b"
+    )
     with pytest.raises(ValueError, match=expected):
         get_profile("laptop")
     monkeypatch.setenv("LAB_PROFILE", "laptop")
@@ -83,17 +89,28 @@ def test_an_unknown_profile_is_refused_with_those_that_exist(no_settings, monkey
         get_profile()
 
 
-@pytest.mark.parametrize(("gigabytes", "chosen", "why"), [
-    (0.0, "cpu", "no CUDA GPU"), (7.9, "cpu", "a 8 GB CUDA GPU"), (8.0, "gpt2", "a 8 GB CUDA GPU"),
-    (16.0, "gpt2", "a 16 GB CUDA GPU"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("gigabytes", "chosen", "why"),
+    [
+        (0.0, "cpu", "no CUDA GPU"),
+        (7.9, "cpu", "a 8 GB CUDA GPU"),
+        (8.0, "gpt2", "a 8 GB CUDA GPU"),
+        (16.0, "gpt2", "a 16 GB CUDA GPU"),
+    ],
+)
 def test_without_a_setting_the_gpu_decides(no_settings, monkeypatch, gigabytes, chosen, why):
     monkeypatch.setattr(profiles, "gpu_gigabytes", lambda: gigabytes)
     profile = get_profile()
-    assert profile.name == chosen and "LAB_PROFILE is not set" in profile.reason and why in profile.reason
+    assert (
+        profile.name == chosen
+        and "LAB_PROFILE is not set" in profile.reason
+        and why in profile.reason
+    )
 
 
-def test_the_argument_wins_over_the_environment_and_that_over_the_hardware(no_settings, monkeypatch):
+def test_the_argument_wins_over_the_environment_and_that_over_the_hardware(
+    no_settings, monkeypatch
+):
     monkeypatch.setattr(profiles, "gpu_gigabytes", lambda: 80.0)
     monkeypatch.setenv("LAB_PROFILE", "smoke")
     assert (get_profile().name, get_profile().reason) == ("smoke", "LAB_PROFILE is set")
@@ -101,7 +118,9 @@ def test_the_argument_wins_over_the_environment_and_that_over_the_hardware(no_se
 
 
 def test_lab_data_replaces_the_data_and_widens_the_context(no_settings, monkeypatch, tmp_path):
-    """Room for real prompts and answers, more words, and all of the pairs; runs in a folder of their own."""
+    """Room for real prompts and answers, more words, and all of the pairs; runs in a folder of
+    their own.
+    """
     path = tmp_path / "my data.jsonl.gz"
     path.write_bytes(b"")
     monkeypatch.setenv("LAB_DATA", str(path))
@@ -127,11 +146,16 @@ def test_both_can_be_replaced_by_hub_names(no_settings, monkeypatch):
     profile = get_profile("gpt2")
     assert (profile.model, profile.data) == ("owner/some-model", "owner/some-data")
     assert profile.run_name == "gpt2@some-model+some-data"
-    assert profile.max_length == PROFILES["gpt2"].max_length and profile.recipes == PROFILES["gpt2"].recipes
+    assert (
+        profile.max_length == PROFILES["gpt2"].max_length
+        and profile.recipes == PROFILES["gpt2"].recipes
+    )
 
 
 def test_a_relative_path_means_the_same_from_a_notebook(no_settings, monkeypatch, tmp_path):
-    """Notebooks run in their own folder: what is not there is looked for in the root of the repository."""
+    """Notebooks run in their own folder: what is not there is looked for in the root of the
+    repository.
+    """
     monkeypatch.setenv("LAB_DATA", "tests/data/hh_rows.jsonl")
     monkeypatch.chdir(tmp_path)
     assert get_profile("smoke").data == str(profiles.ROOT / "tests" / "data" / "hh_rows.jsonl")
@@ -140,10 +164,15 @@ def test_a_relative_path_means_the_same_from_a_notebook(no_settings, monkeypatch
 def test_nothing_set_means_the_profile_as_it_is_written(no_settings):
     profile = get_profile("smoke")
     assert profile.overrides == () and profile.run_name == "smoke"
-    assert profile.recipes == PROFILES["smoke"].recipes and profile.max_length == PROFILES["smoke"].max_length
+    assert (
+        profile.recipes == PROFILES["smoke"].recipes
+        and profile.max_length == PROFILES["smoke"].max_length
+    )
 
 
-@pytest.mark.parametrize(("capability", "precision"), [((8, 0), "bfloat16"), ((9, 0), "bfloat16"), ((7, 5), "float16")])
+@pytest.mark.parametrize(
+    ("capability", "precision"), [((8, 0), "bfloat16"), ((9, 0), "bfloat16"), ((7, 5), "float16")]
+)
 def test_a_gpu_runs_in_the_precision_it_is_good_at(monkeypatch, capability, precision):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)

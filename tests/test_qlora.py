@@ -1,4 +1,6 @@
-"""The 4-bit path for real, on the CPU: a tiny Llama is trained in nf4 with LoRA, merged, saved and loaded again."""
+"""The 4-bit path for real, on the CPU: a tiny Llama is trained in nf4 with LoRA, merged, saved and
+loaded again.
+"""
 
 import json
 from dataclasses import replace
@@ -12,21 +14,35 @@ from safetensors.torch import load_file
 from tiny import assert_same
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from common import checkpoints, loop, models, runs, training
+from common import lab as runs
+from common import models, training
+from common.lab import Lab
 from common.profiles import PROFILES
-from common.runs import Lab
 from common.toyworld import World
-from common.training import train
+from common.training import checkpoints, train
+from common.training import trainer as loop
 
-SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 
 
 def save_tiny_llama(folder, tokenizer, vocabulary: int | None = None, positions: int = 256) -> None:
-    """Weights ten times the usual size, so that predictions are far from uniform; saved as the hub keeps them."""
+    """Weights ten times the usual size, so that predictions are far from uniform; saved as the hub
+    keeps them.
+    """
     config = LlamaConfig(
-        vocab_size=vocabulary or len(tokenizer), max_position_embeddings=positions, num_key_value_heads=1,
-        initializer_range=0.2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **SIZES,
-    )  # fmt: skip
+        vocab_size=vocabulary or len(tokenizer),
+        max_position_embeddings=positions,
+        num_key_value_heads=1,
+        initializer_range=0.2,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **SIZES,
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         LlamaForCausalLM(config).save_pretrained(folder)
@@ -37,13 +53,22 @@ def small(model, data):
     """Profile `qlora-7b` with everything that makes it what it is, on a tiny Llama."""
     profile = PROFILES["qlora-7b"]
     recipes = {
-        name: replace(recipe, lr=1e-2, epochs=1, batch_size=8, micro_batch=4, evaluations=2, patience=0)
+        name: replace(
+            recipe, lr=1e-2, epochs=1, batch_size=8, micro_batch=4, evaluations=2, patience=0
+        )
         for name, recipe in profile.recipes.items()
     }
     return replace(
-        profile, model=str(model), data=str(data), recipes=recipes, lora=4, held_out=8, eval_batch=8, max_length=200,
+        profile,
+        model=str(model),
+        data=str(data),
+        recipes=recipes,
+        lora=4,
+        held_out=8,
+        eval_batch=8,
+        max_length=200,
         max_new_tokens=8,
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,12 +84,16 @@ def source(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def trained(request, source, tmp_path_factory):
-    """(lab, its runs of SFT, DPO and ORPO). bfloat16 is what most GPUs take: here it is only slower."""
+    """(lab, its runs of SFT, DPO and ORPO). bfloat16 is what most GPUs take: here it is only
+    slower.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
         for module in (models, loop, runs, training):
             patch.setattr(module, "device_and_precision", lambda: ("cpu", request.param, "a test"))
-        AcceleratorState._reset_state(reset_partial_state=True)  # else a process keeps its first precision
+        AcceleratorState._reset_state(
+            reset_partial_state=True
+        )  # else a process keeps its first precision
         lab = Lab(small(*source))
         yield lab, {stage: train(lab, stage) for stage in ("sft", "dpo_plain", "orpo")}
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -80,8 +109,9 @@ def test_every_stage_lowers_its_held_out_loss(trained):
 
 
 def test_dpo_starts_at_ln_2(trained):
-    """The reference is the policy with its adapter off: the merged SFT weights, quantised. A fresh adapter adds 0, so
-    policy and reference agree to the last bit: -log sigmoid(0) = ln 2."""
+    """The reference is the policy with its adapter off: the merged SFT weights, quantised. A fresh
+    adapter adds 0, so policy and reference agree to the last bit: -log sigmoid(0) = ln 2.
+    """
     first, second = trained[1]["dpo_plain"].metrics[:2]
     assert_same(first["held_out_loss"], 0.6931471805599453)
     assert_same(second["loss"], 0.6931471805599453)
@@ -96,14 +126,22 @@ def test_a_finished_run_loads_as_it_was_returned(trained):
 
 
 def test_the_saved_weights_are_the_parents_plus_the_adapter(source, trained, tmp_path, monkeypatch):
-    """W + (alpha / rank) B A = W + 2 B A, W as it was saved and not its rounding to four bits, summed in float32 and
-    rounded once to the precision from which the loader quantises. The adapter is the best one, as the run kept it."""
+    """W + (alpha / rank) B A = W + 2 B A, W as it was saved and not its rounding to four bits,
+    summed in float32 and rounded once to the precision from which the loader quantises. The adapter
+    is the best one, as the run kept it.
+    """
     lab, _ = trained
     kept, load_best = {}, training.checkpoints.load_best
 
     def loaded(model, folder):
         load_best(model, folder)
-        kept.update({name: weight.detach().clone() for name, weight in model.named_parameters() if "lora_" in name})
+        kept.update(
+            {
+                name: weight.detach().clone()
+                for name, weight in model.named_parameters()
+                if "lora_" in name
+            }
+        )
 
     monkeypatch.setattr(training.checkpoints, "load_best", loaded)
     run = train(lab, "dpo", sweep=None, epochs=0.5)
@@ -115,7 +153,9 @@ def test_the_saved_weights_are_the_parents_plus_the_adapter(source, trained, tmp
         layer = f"base_model.model.{name.removesuffix('.weight')}"
         before = parent[name].float()
         if layer in adapted:
-            change = 2 * kept[f"{layer}.lora_B.default.weight"] @ kept[f"{layer}.lora_A.default.weight"]
+            change = (
+                2 * kept[f"{layer}.lora_B.default.weight"] @ kept[f"{layer}.lora_A.default.weight"]
+            )
             assert change.abs().max() > 0
             before = before + change
         assert weight.dtype == dtype and torch.equal(weight, before.to(dtype))
@@ -126,13 +166,23 @@ def test_the_adapter_is_float32_whatever_the_base_is(source):
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         base = models.load_model(source[0], PROFILES["gpt2"], dtype=dtype)
         model = models.add_lora(base, PROFILES["qlora-7b"])
-        assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {torch.float32}
-        assert all("lora_" in name for name, weight in model.named_parameters() if weight.requires_grad)
+        assert {weight.dtype for name, weight in model.named_parameters() if "lora_" in name} == {
+            torch.float32
+        }
+        assert all(
+            "lora_" in name for name, weight in model.named_parameters() if weight.requires_grad
+        )
 
 
-@pytest.mark.parametrize(("precision", "mixed"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "no")])
-def test_a_4_bit_run_is_scaled_and_cast_as_any_other(source, tmp_path, monkeypatch, precision, mixed):
-    """On a T4 (float16) Accelerate scales the loss. Accelerate itself refuses float16 on a CPU: it is stood in for."""
+@pytest.mark.parametrize(
+    ("precision", "mixed"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "no")]
+)
+def test_a_4_bit_run_is_scaled_and_cast_as_any_other(
+    source, tmp_path, monkeypatch, precision, mixed
+):
+    """On a T4 (float16) Accelerate scales the loss. Accelerate itself refuses float16 on a CPU: it
+    is stood in for.
+    """
     asked = {}
     monkeypatch.setattr(loop, "device_and_precision", lambda: ("cuda", precision, "a test"))
     one = SimpleNamespace(num_processes=1, distributed_type="NO", is_main_process=False)
@@ -144,8 +194,9 @@ def test_a_4_bit_run_is_scaled_and_cast_as_any_other(source, tmp_path, monkeypat
 
 
 def test_an_evaluation_does_not_change_the_gradients(source):
-    """On CPUs with AVX512-BF16 bitsandbytes repacks its layers in the first pass without gradients, and afterwards
-    passes none on. (On other CPUs this cannot fail.)"""
+    """On CPUs with AVX512-BF16 bitsandbytes repacks its layers in the first pass without gradients,
+    and afterwards passes none on. (On other CPUs this cannot fail.)
+    """
     profile = small(*source)
     model = models.add_lora(models.load_model(source[0], profile), profile)
     first = next(weight for name, weight in model.named_parameters() if "lora_B" in name)
@@ -164,7 +215,9 @@ def test_an_evaluation_does_not_change_the_gradients(source):
 
 
 def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypatch):
-    """Stopped after the checkpoint of step 5 of 8 and resumed, the run ends with the weights of the whole one."""
+    """Stopped after the checkpoint of step 5 of 8 and resumed, the run ends with the weights of the
+    whole one.
+    """
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     lab = Lab(small(*source))
     whole = train(lab, "sft", sweep="whole", keep_best=False)
@@ -180,7 +233,9 @@ def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypat
     monkeypatch.undo()
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     resumed = train(lab, "sft", sweep="cut", keep_best=False, checkpoint_every=5)
-    assert resumed.metrics[1]["loss"] == whole.metrics[1]["loss"] and len(resumed.metrics) == len(whole.metrics)
+    assert resumed.metrics[1]["loss"] == whole.metrics[1]["loss"] and len(resumed.metrics) == len(
+        whole.metrics
+    )
     with torch.no_grad():
         assert torch.equal(resumed.model(IDS).logits, whole.model(IDS).logits)
 
@@ -189,7 +244,9 @@ def test_a_sweep_keeps_the_adapter_alone_and_loads_as_it_was_returned(trained):
     """Its parent's weights are not written again."""
     lab, _ = trained
     run = train(lab, "dpo", sweep="short", epochs=0.5)
-    assert (run.folder / "adapter_model.safetensors").exists() and not (run.folder / "model.safetensors").exists()
+    assert (run.folder / "adapter_model.safetensors").exists() and not (
+        run.folder / "model.safetensors"
+    ).exists()
     with torch.no_grad():
         logits = run.model(IDS).logits
         assert torch.equal(lab.load("dpo", "short")(IDS).logits, logits)

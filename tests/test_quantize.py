@@ -1,14 +1,16 @@
-"""Quantised variants: the sizes they should have, the same interface, and rounding that happens only once."""
+"""Quantised variants: the sizes they should have, the same interface, and rounding that happens
+only once.
+"""
 
 import pytest
 import torch
 from tiny import micro_profile
 
-from common.export import export, load_exported
-from common.inference import left_padded
-from common.quantize import QuantizeError, build, measure_variants, weight_bytes
-from common.runs import Lab
+from common.lab import Lab
 from common.training import train
+from deploy.export import export, load_exported
+from deploy.inference import left_padded
+from deploy.quantize import QuantizeError, build, measure_variants, weight_bytes
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +42,16 @@ def logits(model, lab):
         return model(**inputs, **extra).logits.float()[:, -1]
 
 
-@pytest.mark.parametrize("name, largest", [
-    ("bfloat16", 0.3), ("bnb-int8", 0.3), ("bnb-nf4", 2.0), ("onnx-float32", 1e-4), ("onnx-int8", 1.0)])
+@pytest.mark.parametrize(
+    "name, largest",
+    [
+        ("bfloat16", 0.3),
+        ("bnb-int8", 0.3),
+        ("bnb-nf4", 2.0),
+        ("onnx-float32", 1e-4),
+        ("onnx-int8", 1.0),
+    ],
+)
 def test_a_variant_computes_nearly_the_same(name, largest, lab, source, folder):
     exact = logits(load_exported(source)[0], lab)
     difference = (logits(build(name, source, folder).model, lab) - exact).abs().max()
@@ -49,7 +59,9 @@ def test_a_variant_computes_nearly_the_same(name, largest, lab, source, folder):
 
 
 def test_bytes_of_weights_by_hand(lab, source, folder):
-    """bfloat16 halves every weight. int8 takes one byte of each linear weight for four, and adds a float per row."""
+    """bfloat16 halves every weight. int8 takes one byte of each linear weight for four, and adds a
+    float per row.
+    """
     plain = load_exported(source)[0]
     assert weight_bytes(plain) == 4 * plain.num_parameters()
     assert build("bfloat16", source, folder).weight_bytes == 2 * plain.num_parameters()
@@ -63,11 +75,15 @@ def test_embeddings_keep_their_bits_in_bitsandbytes(lab, source, folder):
     plain = load_exported(source)[0]
     variant = build("bnb-nf4", source, folder)
     assert variant.rounded_share == linear_weights(plain) / plain.num_parameters()
-    torch.testing.assert_close(variant.model.transformer.wte.weight, plain.transformer.wte.weight, rtol=0, atol=0)
+    torch.testing.assert_close(
+        variant.model.transformer.wte.weight, plain.transformer.wte.weight, rtol=0, atol=0
+    )
 
 
 def test_nf4_read_again_after_a_forward_pass_is_the_same(lab, source, folder):
-    """The first forward pass may repack the weights in memory; what is on the disk was written before."""
+    """The first forward pass may repack the weights in memory; what is on the disk was written
+    before.
+    """
     first = build("bnb-nf4", source, folder)
     before = logits(first.model, lab)
     assert torch.equal(before, logits(build("bnb-nf4", source, folder).model, lab))
@@ -84,7 +100,9 @@ def test_onnx_ignores_padding(lab, source, folder):
 
 
 def test_a_failure_is_named(source, folder, monkeypatch):
-    monkeypatch.setattr("common.quantize._bitsandbytes", lambda *_: (_ for _ in ()).throw(ImportError("no kernel")))
+    monkeypatch.setattr(
+        "common.quantize._bitsandbytes", lambda *_: (_ for _ in ()).throw(ImportError("no kernel"))
+    )
     with pytest.raises(QuantizeError, match="bnb-int8 cannot be made here: ImportError: no kernel"):
         build("bnb-int8", source, folder)
 
@@ -101,5 +119,9 @@ def test_full_precision_against_itself_is_a_draw(lab, source, folder):
     variants = [build(name, source, folder) for name in ("float32", "onnx-float32")]
     report = measure_variants(lab, variants, Length(), batch=2, new_tokens=3)
     plain, onnx = report["float32"], report["onnx-float32"]
-    assert plain["win_rate"].rate == 0.5 and plain["win_rate"].ties == len(lab.prompts) and plain["same_greedy"] == 1
+    assert (
+        plain["win_rate"].rate == 0.5
+        and plain["win_rate"].ties == len(lab.prompts)
+        and plain["same_greedy"] == 1
+    )
     assert onnx["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)

@@ -1,4 +1,6 @@
-"""Every known format, on rows of our own in the exact upstream schema, with the quirks that its rows really have."""
+"""Every known format, on rows of our own in the exact upstream schema, with the quirks that its
+rows really have.
+"""
 
 import csv
 import json
@@ -8,64 +10,119 @@ import tiny
 from datasets import Dataset, Features, Value
 
 from common.data import load_demonstrations, load_lab_data, load_pairs, tokenize_pairs
+from common.io.formats import DEMONSTRATIONS, PAIRS, DataError, dialogue, format_of
 from common.models import CHAT_TEMPLATE
 from common.profiles import get_profile
-from common.readers import DEMONSTRATIONS, PAIRS, DataError, dialogue, format_of
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
 def shp(label: int = 0, ratio: float = 3.0, **changes) -> dict:
-    """stanfordnlp/SHP: 15 columns. `domain` names the split too; A is the earlier comment whatever the label."""
+    """stanfordnlp/SHP: 15 columns. `domain` names the split too; A is the earlier comment whatever
+    the label.
+    """
     return {
-        "post_id": "q1", "domain": "askculinary_train", "upvote_ratio": 0.98, "history": "How do I keep bread fresh?",
-        "c_root_id_A": "c1", "c_root_id_B": "c2", "created_at_utc_A": 1636107561, "created_at_utc_B": 1636161533,
-        "score_A": 4, "score_B": 12, "human_ref_A": "Eat it.", "human_ref_B": "In a paper bag.\n\n&gt; never cold",
-        "labels": label, "seconds_difference": 53972.0, "score_ratio": ratio, **changes,
-    }  # fmt: skip
+        "post_id": "q1",
+        "domain": "askculinary_train",
+        "upvote_ratio": 0.98,
+        "history": "How do I keep bread fresh?",
+        "c_root_id_A": "c1",
+        "c_root_id_B": "c2",
+        "created_at_utc_A": 1636107561,
+        "created_at_utc_B": 1636161533,
+        "score_A": 4,
+        "score_B": 12,
+        "human_ref_A": "Eat it.",
+        "human_ref_B": "In a paper bag.\n\n&gt; never cold",
+        "labels": label,
+        "seconds_difference": 53972.0,
+        "score_ratio": ratio,
+        **changes,
+    }
 
 
 def comparison(choice: int = 1, **info) -> dict:
-    """openai/summarize_from_feedback, comparisons: summaries start with a space; most fields may be null."""
+    """openai/summarize_from_feedback, comparisons: summaries start with a space; most fields may be
+    null.
+    """
     return {
-        "info": {"id": "t3_1", "post": "My cat sleeps all day.\nShould I wake her?", "title": "My sleepy cat",
-                 "subreddit": "AskReddit", "site": None, "article": None, **info},
-        "summaries": [{"text": " Cat sleeps.", "policy": "sup1", "note": None},
-                      {"text": " My cat sleeps a lot; should I wake her?", "policy": "ref", "note": "fine"}],
-        "choice": choice, "worker": "w1", "batch": "batch3", "split": "train", "extra": {"confidence": None},
-    }  # fmt: skip
+        "info": {
+            "id": "t3_1",
+            "post": "My cat sleeps all day.\nShould I wake her?",
+            "title": "My sleepy cat",
+            "subreddit": "AskReddit",
+            "site": None,
+            "article": None,
+            **info,
+        },
+        "summaries": [
+            {"text": " Cat sleeps.", "policy": "sup1", "note": None},
+            {"text": " My cat sleeps a lot; should I wake her?", "policy": "ref", "note": "fine"},
+        ],
+        "choice": choice,
+        "worker": "w1",
+        "batch": "batch3",
+        "split": "train",
+        "extra": {"confidence": None},
+    }
 
 
 def says(*texts: str) -> list[dict]:
     """Messages, the user first."""
-    return [{"content": text, "role": ("user", "assistant")[number % 2]} for number, text in enumerate(texts)]
+    return [
+        {"content": text, "role": ("user", "assistant")[number % 2]}
+        for number, text in enumerate(texts)
+    ]
 
 
-def ultra(better: str = "Draw a little each day.", worse: str = "I am a model.", scores=(8.5, 6.0), **changes) -> dict:
-    """HuggingFaceH4/ultrafeedback_binarized: 7 columns; `prompt` repeats the user's message, `messages` is `chosen`."""
+def ultra(
+    better: str = "Draw a little each day.",
+    worse: str = "I am a model.",
+    scores=(8.5, 6.0),
+    **changes,
+) -> dict:
+    """HuggingFaceH4/ultrafeedback_binarized: 7 columns; `prompt` repeats the user's message,
+    `messages` is `chosen`.
+    """
     ask = "how can i learn to draw"
     return {
-        "prompt": ask, "prompt_id": "086b", "chosen": says(ask, better), "rejected": says(ask, worse),
-        "messages": says(ask, better), "score_chosen": scores[0], "score_rejected": scores[1], **changes,
-    }  # fmt: skip
+        "prompt": ask,
+        "prompt_id": "086b",
+        "chosen": says(ask, better),
+        "rejected": says(ask, worse),
+        "messages": says(ask, better),
+        "score_chosen": scores[0],
+        "score_rejected": scores[1],
+        **changes,
+    }
 
 
 def trl(**changes) -> dict:
     """trl-lib/ultrafeedback_binarized: the same without a prompt."""
-    return {name: ultra(**changes)[name] for name in ("chosen", "rejected", "score_chosen", "score_rejected")}
+    return {
+        name: ultra(**changes)[name]
+        for name in ("chosen", "rejected", "score_chosen", "score_rejected")
+    }
 
 
 def alpaca(given: str = "", output: str = "Red, blue, yellow.") -> dict:
     """tatsu-lab/alpaca: `text` repeats all in Alpaca's own template; most inputs are empty."""
     ask = "Name the primary colours."
-    return {"instruction": ask, "input": given, "output": output, "text": f"Below is … {ask} … {output}"}
+    return {
+        "instruction": ask,
+        "input": given,
+        "output": output,
+        "text": f"Below is … {ask} … {output}",
+    }
 
 
 # --- each format
 
 
 def test_shp_takes_the_side_that_the_label_names():
-    """labels: 1 if A is preferred, 0 if B is. (The order of the comments says nothing: A is only the earlier one.)"""
+    """labels: 1 if A is preferred, 0 if B is. (The order of the comments says nothing: A is only
+    the earlier one.)
+    """
     [b, a] = load_pairs([shp(0), shp(1)])[0].to_list()
     assert b["prompt"] == f"{HUMAN} How do I keep bread fresh?{ASSISTANT}" == a["prompt"]
     assert b["chosen"] == a["rejected"] == " In a paper bag.\n\n&gt; never cold"
@@ -87,13 +144,18 @@ def test_comparisons_take_the_summary_that_was_chosen():
         f"POST: My cat sleeps all day.\nShould I wake her?\n\nTL;DR:{ASSISTANT}"
     )
     short, long = " Cat sleeps.", " My cat sleeps a lot; should I wake her?"
-    assert pairs == [{"prompt": prompt, "chosen": short, "rejected": long},
-                     {"prompt": prompt, "chosen": long, "rejected": short}]  # fmt: skip
+    assert pairs == [
+        {"prompt": prompt, "chosen": short, "rejected": long},
+        {"prompt": prompt, "chosen": long, "rejected": short},
+    ]
 
 
 def test_comparisons_of_news_have_an_article_and_no_subreddit():
     row = comparison(post=None, subreddit=None, site="cnn", article="It rained.", title="Rain")
-    assert load_pairs([row])[0][0]["prompt"] == f"{HUMAN} TITLE: Rain\n\nARTICLE: It rained.\n\nTL;DR:{ASSISTANT}"
+    assert (
+        load_pairs([row])[0][0]["prompt"]
+        == f"{HUMAN} TITLE: Rain\n\nARTICLE: It rained.\n\nTL;DR:{ASSISTANT}"
+    )
 
 
 def test_comparisons_as_the_authors_files_have_them():
@@ -104,16 +166,25 @@ def test_comparisons_as_the_authors_files_have_them():
 
 
 def test_ultrafeedback_with_and_without_a_prompt_column_is_the_same_pair():
-    expected = {"prompt": f"{HUMAN} how can i learn to draw{ASSISTANT}", "chosen": " Draw a little each day.",
-                "rejected": " I am a model."}  # fmt: skip
+    expected = {
+        "prompt": f"{HUMAN} how can i learn to draw{ASSISTANT}",
+        "chosen": " Draw a little each day.",
+        "rejected": " I am a model.",
+    }
     assert load_pairs([ultra()])[0].to_list() == load_pairs([trl()])[0].to_list() == [expected]
 
 
 def test_a_prompt_of_messages_and_sides_of_one_answer():
     """TRL's explicit prompt: the history is in `prompt`, each side holds the answer alone."""
-    row = {"prompt": says("Hi", "Hello!", "Why?"), "chosen": says("", "Because.")[1:], "rejected": says("", "No.")[1:]}
+    row = {
+        "prompt": says("Hi", "Hello!", "Why?"),
+        "chosen": says("", "Because.")[1:],
+        "rejected": says("", "No.")[1:],
+    }
     before = f"{HUMAN} Hi{ASSISTANT} Hello!{HUMAN} Why?{ASSISTANT}"
-    assert load_pairs([row])[0].to_list() == [{"prompt": before, "chosen": " Because.", "rejected": " No."}]
+    assert load_pairs([row])[0].to_list() == [
+        {"prompt": before, "chosen": " Because.", "rejected": " No."}
+    ]
 
 
 def test_messages_become_what_the_chat_template_writes():
@@ -121,70 +192,100 @@ def test_messages_become_what_the_chat_template_writes():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = CHAT_TEMPLATE
     messages = [{"role": "system", "content": "Be kind."}, *says("Hi ", " Hello!", "Why?")]
-    assert dialogue(messages) == tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert dialogue(messages) == tokenizer.apply_chat_template(
+        messages, tokenize=False, add_generation_prompt=True
+    )
 
 
-@pytest.mark.parametrize(("row", "reason"), [
-    (shp(human_ref_B=" \n"), "empty side"),
-    (shp(history=""), "empty prompt"),
-    (shp(labels=2), "no choice between the two comments"),
-    (shp(human_ref_B="Eat it. "), "identical sides"),
-    (shp(score_ratio=None), "score ratio under 2"),
-    (comparison(post=None), "empty prompt"),
-    (comparison(2), "no choice between two summaries"),
-    ({**comparison(), "choice": None}, "no choice between two summaries"),
-    ({**comparison(), "summaries": comparison()["summaries"][:1]}, "no choice between two summaries"),
-    ({**comparison(), "summaries": comparison()["summaries"][:1] * 2}, "identical sides"),
-    ({**comparison(), "summaries": [{"text": ""}, {"text": " a"}]}, "empty side"),
-    (ultra(scores=(8.5, 8.5)), "tie: the two sides have one score"),
-    (ultra(scores=(6.0, 8.5)), "scores that contradict the choice"),
-    (ultra("Same.", "Same. "), "identical sides"),
-    (ultra("", "No."), "empty side"),
-    (ultra(chosen=says("a"), rejected=says("a")), "no assistant turn"),
-    (ultra(rejected=[*says("how can i learn to draw"), {"role": "assistant", "content": None}]), "empty side"),
-    (ultra(rejected=says("another question", "No.")), "prompts that differ"),
-    (ultra(rejected=None), "empty side"),
-    (ultra(chosen=[], rejected=[]), "empty side"),
-    ({"chosen": says("", "Yes."), "rejected": says("", "No.")}, "empty prompt"),
-    ({"prompt": "a", "chosen": "b \ud83d", "rejected": "c"}, "broken characters (a lone surrogate)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (shp(human_ref_B=" \n"), "empty side"),
+        (shp(history=""), "empty prompt"),
+        (shp(labels=2), "no choice between the two comments"),
+        (shp(human_ref_B="Eat it. "), "identical sides"),
+        (shp(score_ratio=None), "score ratio under 2"),
+        (comparison(post=None), "empty prompt"),
+        (comparison(2), "no choice between two summaries"),
+        ({**comparison(), "choice": None}, "no choice between two summaries"),
+        (
+            {**comparison(), "summaries": comparison()["summaries"][:1]},
+            "no choice between two summaries",
+        ),
+        ({**comparison(), "summaries": comparison()["summaries"][:1] * 2}, "identical sides"),
+        ({**comparison(), "summaries": [{"text": ""}, {"text": " a"}]}, "empty side"),
+        (ultra(scores=(8.5, 8.5)), "tie: the two sides have one score"),
+        (ultra(scores=(6.0, 8.5)), "scores that contradict the choice"),
+        (ultra("Same.", "Same. "), "identical sides"),
+        (ultra("", "No."), "empty side"),
+        (ultra(chosen=says("a"), rejected=says("a")), "no assistant turn"),
+        (
+            ultra(
+                rejected=[*says("how can i learn to draw"), {"role": "assistant", "content": None}]
+            ),
+            "empty side",
+        ),
+        (ultra(rejected=says("another question", "No.")), "prompts that differ"),
+        (ultra(rejected=None), "empty side"),
+        (ultra(chosen=[], rejected=[]), "empty side"),
+        ({"chosen": says("", "Yes."), "rejected": says("", "No.")}, "empty prompt"),
+        (
+            {"prompt": "a", "chosen": "b \ud83d", "rejected": "c"},
+            "broken characters (a lone surrogate)",
+        ),
+    ],
+)
 def test_what_upstream_rows_lack_is_counted(row, reason):
     pairs, report = load_pairs([ultra(), row])
     assert dict(report.dropped) == {reason: 1} and len(pairs) == 1
 
 
 def test_alpaca_joins_instruction_and_input():
-    rows, report = load_demonstrations([alpaca(), alpaca("As a list."), alpaca("<noinput>"), alpaca(output="")])
+    rows, report = load_demonstrations(
+        [alpaca(), alpaca("As a list."), alpaca("<noinput>"), alpaca(output="")]
+    )
     alone, joined = "Name the primary colours.", "Name the primary colours.\n\nAs a list."
     assert rows["prompt"] == [f"{HUMAN} {prompt}{ASSISTANT}" for prompt in (alone, joined, alone)]
-    assert set(rows["chosen"]) == {" Red, blue, yellow."} and rows.column_names == ["prompt", "chosen"]
+    assert set(rows["chosen"]) == {" Red, blue, yellow."} and rows.column_names == [
+        "prompt",
+        "chosen",
+    ]
     assert dict(report.dropped) == {"empty side": 1}
 
 
 def test_demonstrations_from_other_formats():
     rows = [
-        {"messages": says("Hi", "Hello!")}, {"prompt": "Hi", "completion": "Hello!"},
-        {"prompt": "Hi", "response": "Hello!"}, {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
+        {"messages": says("Hi", "Hello!")},
+        {"prompt": "Hi", "completion": "Hello!"},
+        {"prompt": "Hi", "response": "Hello!"},
+        {"prompt": "Hi", "chosen": "Hello!", "rejected": "What?"},
         {"chosen": says("Hi", "Hello!"), "rejected": says("Hi", "No.")},
-    ]  # fmt: skip
+    ]
     expected = {"prompt": f"{HUMAN} Hi{ASSISTANT}", "chosen": " Hello!"}
     assert load_demonstrations(rows)[0].to_list() == [expected] * 5
 
 
 def test_a_conversation_without_an_answer_is_counted():
     """UltraFeedback's train_gen split: `messages` ends with the user."""
-    assert load_demonstrations([alpaca(), {"messages": says("Hi")}])[1].dropped == {"no assistant turn": 1}
+    assert load_demonstrations([alpaca(), {"messages": says("Hi")}])[1].dropped == {
+        "no assistant turn": 1
+    }
 
 
 # --- which format is it?
 
 
-@pytest.mark.parametrize(("row", "name"), [
-    (shp(), "Stanford SHP"), (comparison(), "summarize-from-feedback comparisons"),
-    (ultra(), "UltraFeedback binarized"), (trl(), "UltraFeedback binarized"),
-    ({"chosen": "a", "rejected": "b"}, "HH-RLHF transcripts"),
-    ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, "plain rows"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (shp(), "Stanford SHP"),
+        (comparison(), "summarize-from-feedback comparisons"),
+        (ultra(), "UltraFeedback binarized"),
+        (trl(), "UltraFeedback binarized"),
+        ({"chosen": "a", "rejected": "b"}, "HH-RLHF transcripts"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score": 1}, "plain rows"),
+    ],
+)
 def test_the_columns_say_which_format_it_is(row, name):
     assert format_of(row).name == name
     assert format_of(dict(reversed(row.items()))).name == name
@@ -193,7 +294,9 @@ def test_the_columns_say_which_format_it_is(row, name):
 def test_an_unknown_format_lists_the_columns_and_all_known_formats():
     """HH-RLHF's red-team transcripts are no pairs."""
     row = {"min_harmlessness_score_transcript": 0.1, "transcript": "\n\nHuman: a", "rating": 4.0}
-    with pytest.raises(DataError, match="the columns min_harmlessness_score_transcript, transcript, rating") as raised:
+    with pytest.raises(
+        DataError, match="the columns min_harmlessness_score_transcript, transcript, rating"
+    ) as raised:
         load_pairs([row])
     assert all(str(known) in str(raised.value) for known in PAIRS)
     with pytest.raises(DataError) as raised:
@@ -206,12 +309,21 @@ def test_demonstrations_in_place_of_pairs_are_named_as_such():
         load_pairs([alpaca()])
 
 
-@pytest.mark.parametrize(("row", "problem"), [
-    (ultra(chosen=["a", "b"]), "column chosen must hold messages with role and content, not 'a'"),
-    (ultra(chosen=[{"role": "user", "content": [{"type": "text"}]}]), "column chosen: the content .* text, not list"),
-    (shp(history=5), "column history must hold text, not int"),
-    (comparison() | {"info": "t3_1"}, "column info must hold an object"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        (
+            ultra(chosen=["a", "b"]),
+            "column chosen must hold messages with role and content, not 'a'",
+        ),
+        (
+            ultra(chosen=[{"role": "user", "content": [{"type": "text"}]}]),
+            "column chosen: the content .* text, not list",
+        ),
+        (shp(history=5), "column history must hold text, not int"),
+        (comparison() | {"info": "t3_1"}, "column info must hold an object"),
+    ],
+)
 def test_a_wrong_type_inside_a_known_format_is_named(row, problem):
     row = {**row, "rejected": row["chosen"]} if "chosen" in row else row
     with pytest.raises(DataError, match=problem):
@@ -221,13 +333,19 @@ def test_a_wrong_type_inside_a_known_format_is_named(row, problem):
 # --- in every kind of file
 
 
-@pytest.mark.parametrize("row", [shp(), comparison(), ultra(), trl()], ids=["shp", "comparison", "ultra", "trl"])
+@pytest.mark.parametrize(
+    "row", [shp(), comparison(), ultra(), trl()], ids=["shp", "comparison", "ultra", "trl"]
+)
 def test_formats_survive_json_lines_and_parquet(tmp_path, row):
     """Parquet gives lists of structs back, with the fields in the order of the schema."""
     (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
     Dataset.from_list([row]).to_parquet(str(tmp_path / "a.parquet"))
     expected = load_pairs([row])[0].to_list()
-    assert load_pairs(tmp_path / "a.jsonl")[0].to_list() == load_pairs(tmp_path / "a.parquet")[0].to_list() == expected
+    assert (
+        load_pairs(tmp_path / "a.jsonl")[0].to_list()
+        == load_pairs(tmp_path / "a.parquet")[0].to_list()
+        == expected
+    )
 
 
 @pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
@@ -244,7 +362,9 @@ def test_tables_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path, ending, 
 @pytest.mark.parametrize(("line", "cells"), [("a,b,c,d", 4), ("a,b", 2)])
 def test_a_table_with_too_many_or_too_few_cells_is_named_by_line(tmp_path, line, cells):
     (tmp_path / "a.csv").write_text(f"prompt,chosen,rejected\na,b,c\n{line}\n")
-    with pytest.raises(DataError, match=f"a.csv, line 3: {cells} cells where the first line names 3 columns"):
+    with pytest.raises(
+        DataError, match=f"a.csv, line 3: {cells} cells where the first line names 3 columns"
+    ):
         load_pairs(tmp_path / "a.csv")
 
 
@@ -269,17 +389,27 @@ def test_many_rows_are_arrow_and_text():
     """More than one chunk of 10,000 rows, in order."""
     rows = [{"prompt": str(number), "chosen": "a", "rejected": "b"} for number in range(10_001)]
     pairs = load_pairs(rows)[0]
-    assert pairs.features == Features({name: Value("string") for name in ("prompt", "chosen", "rejected")})
+    assert pairs.features == Features(
+        {name: Value("string") for name in ("prompt", "chosen", "rejected")}
+    )
     assert pairs[10_000]["prompt"] == f"{HUMAN} 10000{ASSISTANT}"
 
 
-@pytest.mark.parametrize("row", [shp(), comparison(), ultra(), trl()], ids=["shp", "comparison", "ultra", "trl"])
+@pytest.mark.parametrize(
+    "row", [shp(), comparison(), ultra(), trl()], ids=["shp", "comparison", "ultra", "trl"]
+)
 def test_the_scored_tokens_of_every_format_are_the_response_and_its_end(row):
     tokenizer = tiny.tokenizer()
     [pair] = load_pairs([row])[0]
     [tokens] = tokenize_pairs([pair], tokenizer, 1000)[0]
-    assert tokenizer.decode(tokens["prompt_ids"]).endswith(ASSISTANT) and pair["prompt"].endswith(ASSISTANT)
-    assert tokenizer.decode(tokens["chosen_ids"][:-1]) == pair["chosen"] == " " + pair["chosen"].strip()
+    assert tokenizer.decode(tokens["prompt_ids"]).endswith(ASSISTANT) and pair["prompt"].endswith(
+        ASSISTANT
+    )
+    assert (
+        tokenizer.decode(tokens["chosen_ids"][:-1])
+        == pair["chosen"]
+        == " " + pair["chosen"].strip()
+    )
     assert tokens["chosen_ids"][-1] == tokens["rejected_ids"][-1] == tokenizer.eos_token_id
 
 
@@ -287,10 +417,14 @@ def test_the_scored_tokens_of_every_format_are_the_response_and_its_end(row):
 
 
 def test_sft_data_of_their_own(tmp_path, monkeypatch):
-    """LAB_SFT_DATA: nine tenths of its prompts are demonstrations; the pairs stay those of LAB_DATA."""
+    """LAB_SFT_DATA: nine tenths of its prompts are demonstrations; the pairs stay those of
+    LAB_DATA.
+    """
     pairs = [{"prompt": f"Question {n}?", "chosen": "Yes.", "rejected": "No."} for n in range(60)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    (tmp_path / "sft.jsonl").write_text("".join(json.dumps(alpaca(f"Number {n}.")) + "\n" for n in range(60)))
+    (tmp_path / "sft.jsonl").write_text(
+        "".join(json.dumps(alpaca(f"Number {n}.")) + "\n" for n in range(60))
+    )
     monkeypatch.setenv("LAB_SFT_DATA", str(tmp_path / "sft.jsonl"))
     with pytest.raises(DataError, match="LAB_SFT_DATA goes with LAB_DATA"):
         load_lab_data(get_profile("smoke"))
@@ -298,5 +432,10 @@ def test_sft_data_of_their_own(tmp_path, monkeypatch):
     profile = get_profile("smoke")
     data = load_lab_data(profile)
     assert profile.run_name == "smoke@pairs+sft"
-    assert 45 <= len(data.demonstrations) < 60 and set(data.demonstrations["chosen"]) == {" Red, blue, yellow."}
-    assert data.reports["demonstrations"].kept == len(data.demonstrations) and data.train["chosen"][0] == " Yes."
+    assert 45 <= len(data.demonstrations) < 60 and set(data.demonstrations["chosen"]) == {
+        " Red, blue, yellow."
+    }
+    assert (
+        data.reports["demonstrations"].kept == len(data.demonstrations)
+        and data.train["chosen"][0] == " Yes."
+    )

@@ -9,19 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 
-from common import runs
+from common import lab as runs
+from common.io.files import read_metrics, write_json, write_lines, written_whole
+from common.lab import STAGES, Lab, MissingRun, open_lab, stage_of
 from common.profiles import PROFILES, Recipe
-from common.runs import (
-    STAGES,
-    Lab,
-    MissingRun,
-    open_lab,
-    read_metrics,
-    stage_of,
-    write_json,
-    write_lines,
-    written_whole,
-)
 
 PROFILE = tiny.micro_profile()
 
@@ -31,7 +22,10 @@ PROFILE = tiny.micro_profile()
 
 def test_json_is_written_and_read_again(tmp_path):
     write_json(tmp_path / "new" / "report.json", {"rate": 0.5, "name": "Köln"})
-    assert json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8")) == {"rate": 0.5, "name": "Köln"}
+    assert json.loads((tmp_path / "new" / "report.json").read_text(encoding="utf-8")) == {
+        "rate": 0.5,
+        "name": "Köln",
+    }
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["report.json"]
 
 
@@ -112,7 +106,10 @@ def test_runs_are_in_lab_runs_by_profile_seed_and_sweep(tmp_path, monkeypatch):
 def test_other_data_or_models_get_a_folder_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     assert Lab(replace(PROFILE, overrides=("harmless",))).folder == tmp_path / "smoke@harmless"
-    assert Lab(replace(PROFILE, overrides=("my-gpt2", "mine")), 2).folder == tmp_path / "smoke@my-gpt2+mine" / "seed-2"
+    assert (
+        Lab(replace(PROFILE, overrides=("my-gpt2", "mine")), 2).folder
+        == tmp_path / "smoke@my-gpt2+mine" / "seed-2"
+    )
 
 
 def test_without_lab_runs_they_are_in_the_repository(monkeypatch):
@@ -123,14 +120,25 @@ def test_without_lab_runs_they_are_in_the_repository(monkeypatch):
 def test_a_report_is_saved_in_the_run_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     path = Lab(PROFILE, 1).save_report("evaluation", {"seeds": 1})
-    assert path == tmp_path / "smoke" / "seed-1" / "evaluation.json" and json.loads(path.read_text()) == {"seeds": 1}
+    assert path == tmp_path / "smoke" / "seed-1" / "evaluation.json" and json.loads(
+        path.read_text()
+    ) == {"seeds": 1}
 
 
 # --- stages
 
 
 def test_every_stage_of_the_design_is_known():
-    assert set(STAGES) >= {"base", "sft", "sft_chosen", "dpo_plain", "dpo", "orpo", "orpo_lambda0", "reward"}
+    assert set(STAGES) >= {
+        "base",
+        "sft",
+        "sft_chosen",
+        "dpo_plain",
+        "dpo",
+        "orpo",
+        "orpo_lambda0",
+        "reward",
+    }
     for stage in STAGES.values():
         assert stage.parent is None or stage.parent in STAGES
         assert stage.notebook.endswith(".ipynb")
@@ -146,25 +154,32 @@ def test_an_unknown_stage_is_refused_with_those_that_exist(name):
         Lab(PROFILE).path(name)
 
 
-@pytest.mark.parametrize(("stage", "notebook"), [
-    ("sft", "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb"),
-    ("dpo", "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb"),
-    ("reward", "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb"),
-    ("orpo_lora", "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "notebook"),
+    [
+        ("sft", "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb"),
+        ("dpo", "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb"),
+        ("reward", "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb"),
+        ("orpo_lora", "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb"),
+    ],
+)
 @pytest.mark.parametrize("ask", ["record", "metrics", "load", "source"])
-def test_a_missing_run_names_the_notebook_and_the_command(tmp_path, monkeypatch, stage, notebook, ask):
+def test_a_missing_run_names_the_notebook_and_the_command(
+    tmp_path, monkeypatch, stage, notebook, ask
+):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     with pytest.raises(MissingRun) as failure:
         getattr(Lab(PROFILE, 2), ask)(stage)
     said = str(failure.value)
-    assert notebook in said and f"python -m common.train {stage} --profile smoke --seed 2" in said
+    assert (
+        notebook in said and f"python -m common.training {stage} --profile smoke --seed 2" in said
+    )
     assert str(tmp_path / "smoke" / "seed-2" / stage) in said
 
 
 def test_the_command_of_seed_0_names_no_seed(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
-    with pytest.raises(MissingRun, match="common.train sft --profile smoke$"):
+    with pytest.raises(MissingRun, match="common.training sft --profile smoke$"):
         Lab(PROFILE).record("sft")
 
 
@@ -199,7 +214,10 @@ def test_open_lab_prints_what_is_used_and_why(capsys, monkeypatch):
 def test_an_argument_wins_over_the_environment(monkeypatch, capsys):
     monkeypatch.setenv("LAB_SEED", "4")
     lab = open_lab("cpu", 0)
-    assert (lab.profile.name, lab.seed) == ("cpu", 0) and "cpu (asked for)" in capsys.readouterr().out
+    assert (lab.profile.name, lab.seed) == (
+        "cpu",
+        0,
+    ) and "cpu (asked for)" in capsys.readouterr().out
 
 
 def test_a_seed_has_its_own_world_and_tokenizer():
@@ -209,14 +227,18 @@ def test_a_seed_has_its_own_world_and_tokenizer():
 
 
 def test_a_fingerprint_names_its_parts_and_ignores_what_decides_no_weight():
-    """How many samples are drawn, or why the profile was chosen, changes no weight; the learning rate does."""
+    """How many samples are drawn, or why the profile was chosen, changes no weight; the learning
+    rate does.
+    """
     lab, rows = Lab(PROFILE), [{"prompt_ids": [1]}]
     parts = lab.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "parent", "reference")
     same = Lab(replace(PROFILE, samples=9, reason="other", sweep_epochs=7.0, eval_batch=1))
     assert same.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "parent", "reference") == parts
     others = {
         "settings": lab.fingerprint_parts("dpo", Recipe(lr=2e-3), rows, "parent", "reference"),
-        "data": lab.fingerprint_parts("dpo", Recipe(lr=1e-3), [{"prompt_ids": [2]}], "parent", "reference"),
+        "data": lab.fingerprint_parts(
+            "dpo", Recipe(lr=1e-3), [{"prompt_ids": [2]}], "parent", "reference"
+        ),
         "parent": lab.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "another", "reference"),
         "reference": lab.fingerprint_parts("dpo", Recipe(lr=1e-3), rows, "parent", "another"),
         "stage": lab.fingerprint_parts("dpo_lora", Recipe(lr=1e-3), rows, "parent", "reference"),
@@ -227,13 +249,25 @@ def test_a_fingerprint_names_its_parts_and_ignores_what_decides_no_weight():
 
 def test_every_module_that_decides_a_weight_is_in_the_fingerprint():
     """The loop reaches these; a change in one of them must retrain."""
-    deciding = {"data", "models", "logprobs", "losses", "judges", "checkpoints", "loop", "training", "toyworld"}
+    deciding = {
+        "data",
+        "models",
+        "logprobs",
+        "losses",
+        "judges",
+        "checkpoints",
+        "loop",
+        "training",
+        "toyworld",
+    }
     assert deciding <= set(runs.SOURCES)
     assert all((Path(runs.__file__).parent / f"{name}.py").exists() for name in runs.SOURCES)
 
 
 def test_other_weights_in_a_local_model_folder_are_another_fingerprint(tmp_path):
-    """LAB_MODEL may stay the same path while its weights are replaced: runs that grew from the old ones are stale."""
+    """LAB_MODEL may stay the same path while its weights are replaced: runs that grew from the old
+    ones are stale.
+    """
     lab = Lab(replace(PROFILES["gpt2"], model=str(tmp_path)))
     (tmp_path / "model.safetensors").write_bytes(b"old")
     before = lab.pretrained_fingerprint()

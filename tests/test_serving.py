@@ -1,4 +1,6 @@
-"""The parts of the gateway by themselves: keys, rates, the line, model folders, and the command line."""
+"""The parts of the gateway by themselves: keys, rates, the line, model folders, and the command
+line.
+"""
 
 import asyncio
 import json
@@ -12,12 +14,12 @@ from serving_tools import save_chat_model
 from transformers import AutoTokenizer
 
 from common.models import CHAT_TEMPLATE
-from common.serving.__main__ import gateway_of, main, named, parse
-from common.serving.engine import Engine
-from common.serving.limits import Limits, RateLimit, Refusal, Slots, caller, is_loopback, read_keys
-from common.serving.prompts import PromptFormat, check_folder, prompt_text
-from common.serving.start import serving
-from common.serving.worker import batching_options
+from deploy.serving.__main__ import gateway_of, main, named, parse
+from deploy.serving.engine import Engine
+from deploy.serving.limits import Limits, RateLimit, Refusal, Slots, caller, is_loopback, read_keys
+from deploy.serving.prompts import PromptFormat, check_folder, prompt_text
+from deploy.serving.start import serving
+from deploy.serving.worker import batching_options
 
 ROOT = Path(__file__).parents[1]
 KEY = "0123456789abcdef"
@@ -78,7 +80,9 @@ def test_the_rate_fills_up_evenly():
 
 
 def test_the_line_is_bounded_and_in_order():
-    """Two places, three may wait, ten come: five get in, in the order in which they came; five are refused at once."""
+    """Two places, three may wait, ten come: five get in, in the order in which they came; five are
+    refused at once.
+    """
 
     async def run():
         slots, order, go = Slots(2, 3), [], asyncio.Event()
@@ -95,7 +99,9 @@ def test_the_line_is_bounded_and_in_order():
         go.set()
         results = await asyncio.gather(*tasks, return_exceptions=True)
         assert order == [0, 1, 2, 3, 4] and (slots.running, slots.waiting) == (0, 0)
-        assert all(isinstance(r, Refusal) and r.status == 429 and r.retry_after >= 1 for r in results[5:])
+        assert all(
+            isinstance(r, Refusal) and r.status == 429 and r.retry_after >= 1 for r in results[5:]
+        )
 
     asyncio.run(asyncio.wait_for(run(), 20))
 
@@ -119,10 +125,22 @@ def test_who_leaves_the_line_takes_no_place():
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
-@pytest.mark.parametrize(("host", "own"), [
-    ("127.0.0.1", True), ("127.1.2.3", True), ("localhost", True), ("::1", True), ("[::1]", True), ("0.0.0.0", False),
-    ("192.168.1.2", False), ("::", False), ("example.org", False), ("", False), ("localhost.example.org", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("host", "own"),
+    [
+        ("127.0.0.1", True),
+        ("127.1.2.3", True),
+        ("localhost", True),
+        ("::1", True),
+        ("[::1]", True),
+        ("0.0.0.0", False),
+        ("192.168.1.2", False),
+        ("::", False),
+        ("example.org", False),
+        ("", False),
+        ("localhost.example.org", False),
+    ],
+)
 def test_what_counts_as_this_machine(host, own):
     assert is_loopback(host) is own
 
@@ -145,9 +163,15 @@ def test_no_port_is_opened_before_the_keys_are_checked(model, tmp_path, monkeypa
     assert "Set LAB_API_KEYS" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [
-    ("--timeout", "-1"), ("--concurrency", "0"), ("--queue", "-1"), ("--retention-days", "-1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ("--timeout", "-1"),
+        ("--concurrency", "0"),
+        ("--queue", "-1"),
+        ("--retention-days", "-1"),
+    ],
+)
 def test_a_limit_that_makes_no_sense_is_refused_whatever_the_queue(model, tmp_path, wrong):
     """A queue of 0 is a choice, nobody waits; it says nothing of the other limits."""
     with pytest.raises(ValueError, match="above 0|0 or larger"):
@@ -156,15 +180,31 @@ def test_a_limit_that_makes_no_sense_is_refused_whatever_the_queue(model, tmp_pa
 
 def test_the_command_ends_with_one_sentence_where_it_cannot_serve(tmp_path):
     """As a process: status 2, no traceback, and what to do."""
-    command = [sys.executable, "-m", "common.serving", "--port", "0", "--model", str(tmp_path / "none")]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy.serving",
+        "--port",
+        "0",
+        "--model",
+        str(tmp_path / "none"),
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "LAB_API_KEYS": ""}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, cwd=tmp_path)
+    result = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=60, cwd=tmp_path
+    )
     assert result.returncode == 2 and "Traceback" not in result.stderr
-    assert "error: No model folder" in result.stderr and "python -m common.train dpo" in result.stderr
+    assert (
+        "error: No model folder" in result.stderr
+        and "python -m common.training dpo" in result.stderr
+    )
 
 
 def test_a_gateway_that_cannot_start_is_an_error_with_its_words(tmp_path):
-    with pytest.raises(RuntimeError, match="No model folder"), serving("--model", str(tmp_path / "none")):
+    with (
+        pytest.raises(RuntimeError, match="No model folder"),
+        serving("--model", str(tmp_path / "none")),
+    ):
         pass
 
 
@@ -174,30 +214,54 @@ def test_models_are_named_by_their_folders_and_weighted():
     assert list(named(["runs/cpu/dpo", "runs/smoke/dpo=2"])) == ["cpu/dpo", "smoke/dpo"]
 
 
-@pytest.mark.parametrize(("models", "said"), [
-    (["a=many"], "write --model DIR=WEIGHT"), (["a", "./a"], "given twice"), (["x/auto"], "'auto'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("models", "said"),
+    [
+        (["a=many"], "write --model DIR=WEIGHT"),
+        (["a", "./a"], "given twice"),
+        (["x/auto"], "'auto'"),
+    ],
+)
 def test_models_that_cannot_be_told_apart_are_refused(models, said):
     with pytest.raises(ValueError, match=said):
         named(models)
 
 
 def test_an_engine_that_already_runs_keeps_its_model_s_name(tmp_path):
-    arguments = ["--model", "org/model=2", "--engine", "http://127.0.0.1:9/v1/", "--store", str(tmp_path / "s.sqlite")]
+    arguments = [
+        "--model",
+        "org/model=2",
+        "--engine",
+        "http://127.0.0.1:9/v1/",
+        "--store",
+        str(tmp_path / "s.sqlite"),
+    ]
     gateway = gateway_of(parse(arguments))
     assert gateway.weights == {"org/model": 2.0}
-    assert gateway.engines["org/model"].url == "http://127.0.0.1:9" and not gateway.engines["org/model"].folder
+    assert (
+        gateway.engines["org/model"].url == "http://127.0.0.1:9"
+        and not gateway.engines["org/model"].folder
+    )
     gateway.store.close()
 
 
-@pytest.mark.parametrize(("change", "said"), [
-    (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "Pickled weights are not served"),
-    (lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"), "Pickled weights are not served"),
-    (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
-    (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "Merge it"),
-    (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
-    (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "remote code"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
+            "Pickled weights are not served",
+        ),
+        (
+            lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"),
+            "Pickled weights are not served",
+        ),
+        (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
+        (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "Merge it"),
+        (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
+        (lambda f: (f / "config.json").write_text('{"auto_map": {}}'), "remote code"),
+    ],
+)
 def test_a_folder_that_is_no_safe_model_is_refused(tmp_path, change, said):
     for name in ("model.safetensors", "tokenizer.json", "config.json"):
         (tmp_path / name).write_text("{}")
@@ -208,14 +272,20 @@ def test_a_folder_that_is_no_safe_model_is_refused(tmp_path, change, said):
 
 
 def test_the_prompt_is_the_course_s_own(model):
-    """Three ways to one text: the library with the course's template, the gateway's template, the plain function."""
+    """Three ways to one text: the library with the course's template, the gateway's template, the
+    plain function.
+    """
     tokenizer, form = AutoTokenizer.from_pretrained(model), PromptFormat(model)
     assert tokenizer.chat_template == CHAT_TEMPLATE
     for messages in (
         [{"role": "user", "content": "Hi"}],
-        [{"role": "system", "content": " Be kind "}, {"role": "user", "content": "a\n\nb"},
-         {"role": "assistant", "content": " Yes. "}, {"role": "user", "content": "<&>é{{ 1 }}"}],
-    ):  # fmt: skip
+        [
+            {"role": "system", "content": " Be kind "},
+            {"role": "user", "content": "a\n\nb"},
+            {"role": "assistant", "content": " Yes. "},
+            {"role": "user", "content": "<&>é{{ 1 }}"},
+        ],
+    ):
         wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert form.text(messages) == prompt_text(messages) == wanted
         assert form.count(messages) == len(tokenizer(wanted)["input_ids"])
@@ -230,7 +300,10 @@ def test_a_template_cannot_reach_out_of_its_sandbox(model, tmp_path):
 
 
 def test_an_answer_without_a_limit_gets_what_fits(model):
-    engine, messages = Engine("dpo", Limits(max_tokens=300), model), [{"role": "user", "content": "Hi"}]
+    engine, messages = (
+        Engine("dpo", Limits(max_tokens=300), model),
+        [{"role": "user", "content": "Hi"}],
+    )
     request = type("Request", (), {"messages": messages, "max_tokens": None})()
     assert engine.room(request) == 300
     engine.format.context = 50
@@ -241,15 +314,23 @@ def test_an_answer_without_a_limit_gets_what_fits(model):
 def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
     assert batching_options(128, cuda=True) == ["--continuous-batching"]
     sizes = dict(zip(*[iter(batching_options(4096, cuda=False)[1:])] * 2, strict=True))
-    assert int(sizes["--cb-num-blocks"]) * int(sizes["--cb-block-size"]) == 4 * 4096  # four whole contexts
+    assert (
+        int(sizes["--cb-num-blocks"]) * int(sizes["--cb-block-size"]) == 4 * 4096
+    )  # four whole contexts
 
 
 def test_the_gateway_imports_no_torch():
     """All modules but the worker, in a process of their own."""
-    modules = [path.stem for path in (ROOT / "common/serving").glob("*.py") if path.stem not in ("worker", "page")]
+    modules = [
+        path.stem
+        for path in (ROOT / "deploy/serving").glob("*.py")
+        if path.stem not in ("worker", "page")
+    ]
     assert len(modules) > 8
-    code = f"import sys, {', '.join(f'common.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    code = f"import sys, {', '.join(f'deploy.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
+    )
     loaded = set(json.loads(result.stdout.replace("'", '"')))
     assert loaded.isdisjoint({"torch", "transformers", "numpy"}) and "fastapi" in loaded
 
@@ -258,9 +339,17 @@ def test_the_dockerfile_runs_the_command_that_is_tested_here(model):
     """Its entry point is read by the real command line, and it installs what the gateway imports."""
     text = (ROOT / "Dockerfile").read_text()
     entry = json.loads(text.split("ENTRYPOINT ")[1].splitlines()[0])
-    assert entry[:3] == ["python", "-m", "common.serving"]
+    assert entry[:3] == ["python", "-m", "deploy.serving"]
     options = parse([*entry[3:], "--model", str(model)])
     assert (options.host, options.port) == ("0.0.0.0", 8000) and not options.log_prompts
     packages = text.split("'^(")[1].split(")==")[0].split("|")
-    pinned = [line.split("==")[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if "==" in line]
-    assert {"fastapi", "uvicorn", "httpx", "prometheus-client", "openai", "torch"} <= set(packages) <= set(pinned)
+    pinned = [
+        line.split("==")[0]
+        for line in (ROOT / "requirements.txt").read_text().splitlines()
+        if "==" in line
+    ]
+    assert (
+        {"fastapi", "uvicorn", "httpx", "prometheus-client", "openai", "torch"}
+        <= set(packages)
+        <= set(pinned)
+    )

@@ -12,8 +12,8 @@ import pytest
 from openai import APIError, OpenAI
 from serving_tools import ASK, WORDS, FakeEngine, gateway, now, until
 
-from common.serving.app import EventStream
-from common.serving.reports import answers
+from deploy.serving.app import EventStream
+from deploy.serving.reports import answers
 
 JSON = {"content-type": "application/json"}
 KEY, OTHER = "a-key-of-the-course-1", "a-key-of-the-course-2"
@@ -51,7 +51,9 @@ def open_stream(bench, **more) -> socket.socket:
     body = json.dumps({**ASK, "stream": True, **more}).encode()
     host, port = bench.root.removeprefix("http://").split(":")
     line = socket.create_connection((host, int(port)), timeout=20)
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    )
     line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
     return line
 
@@ -61,31 +63,55 @@ def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
     answer = response.json()
     assert answer["choices"][0]["message"]["content"] == "".join(WORDS)
     assert answer["choices"][0]["finish_reason"] == "stop" and answer["usage"]["total_tokens"] == 12
-    assert (fake.bodies[0]["max_tokens"], fake.bodies[0]["temperature"], fake.bodies[0]["model"]) == (9, 0.5, "a")
+    assert (
+        fake.bodies[0]["max_tokens"],
+        fake.bodies[0]["temperature"],
+        fake.bodies[0]["model"],
+    ) == (9, 0.5, "a")
     [row] = answers(bench.store)
     assert row["id"] == answer["id"] == response.headers["x-request-id"]
     assert (row["answer"], row["model"], row["completion_tokens"]) == ("".join(WORDS), "a", 5)
     assert row["messages"] == ASK["messages"] and row["seconds"] >= row["first_token_seconds"] > 0
 
 
-@pytest.mark.parametrize(("body", "param", "said"), [
-    (b"{", None, "not valid JSON"), (b"[]", None, "one JSON object"), (b"[" * 100_000, None, "nested too deeply"),
-    (b"\xff\xfe", None, "not valid JSON"), (b"{}", "messages", "must be a list"),
-    ({"messages": []}, "messages", "not empty"), ({"messages": [{"role": "robot"}]}, "messages[0]", "system"),
-    ({"messages": [{"role": "user"}]}, "messages[0]", "must be text"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0]", "text only"),
-    (ASK | {"max_tokens": -1}, "max_tokens", "from 1 to 1024, not -1"),
-    (ASK | {"max_tokens": 0}, "max_tokens", "from 1 to 1024"), (ASK | {"max_tokens": 1.5}, "max_tokens", "whole"),
-    (ASK | {"max_tokens": True}, "max_tokens", "whole"),
-    (ASK | {"max_completion_tokens": 10**30}, "max_completion_tokens", "from 1 to 1024"),
-    (ASK | {"temperature": 3}, "temperature", "from 0 to 2"), (ASK | {"n": 2}, "n", "does not support n"),
-    (ASK | {"best_of": 2}, "best_of", "does not know"), (ASK | {"stream": "yes"}, "stream", "true or false"),
-    (ASK | {"user": 7}, "user", "must be text"),
-    (ASK | {"temperature": 10**400}, "temperature", "from 0 to 2"),
-    (b'{"temperature": NaN}', "messages", "must be a list"), (b'{"user": "\\ud800"}', None, "not valid JSON"),
-])  # fmt: skip
-def test_a_wrong_request_is_told_what_to_change_and_never_reaches_the_engine(shared, body, param, said):
-    before, sent = shared.fake.started, {"json": body} if isinstance(body, dict) else {"content": body}
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        (b"{", None, "not valid JSON"),
+        (b"[]", None, "one JSON object"),
+        (b"[" * 100_000, None, "nested too deeply"),
+        (b"\xff\xfe", None, "not valid JSON"),
+        (b"{}", "messages", "must be a list"),
+        ({"messages": []}, "messages", "not empty"),
+        ({"messages": [{"role": "robot"}]}, "messages[0]", "system"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "must be text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0]",
+            "text only",
+        ),
+        (ASK | {"max_tokens": -1}, "max_tokens", "from 1 to 1024, not -1"),
+        (ASK | {"max_tokens": 0}, "max_tokens", "from 1 to 1024"),
+        (ASK | {"max_tokens": 1.5}, "max_tokens", "whole"),
+        (ASK | {"max_tokens": True}, "max_tokens", "whole"),
+        (ASK | {"max_completion_tokens": 10**30}, "max_completion_tokens", "from 1 to 1024"),
+        (ASK | {"temperature": 3}, "temperature", "from 0 to 2"),
+        (ASK | {"n": 2}, "n", "does not support n"),
+        (ASK | {"best_of": 2}, "best_of", "does not know"),
+        (ASK | {"stream": "yes"}, "stream", "true or false"),
+        (ASK | {"user": 7}, "user", "must be text"),
+        (ASK | {"temperature": 10**400}, "temperature", "from 0 to 2"),
+        (b'{"temperature": NaN}', "messages", "must be a list"),
+        (b'{"user": "\\ud800"}', None, "not valid JSON"),
+    ],
+)
+def test_a_wrong_request_is_told_what_to_change_and_never_reaches_the_engine(
+    shared, body, param, said
+):
+    before, sent = (
+        shared.fake.started,
+        {"json": body} if isinstance(body, dict) else {"content": body},
+    )
     response = shared.post(**sent, headers={"content-type": "application/json"})
     error = error_of(response)
     assert response.status_code == 400 and error["type"] == "invalid_request_error"
@@ -93,12 +119,18 @@ def test_a_wrong_request_is_told_what_to_change_and_never_reaches_the_engine(sha
 
 
 def test_values_that_change_nothing_are_accepted(shared):
-    assert shared.post(json=ASK | {"n": 1, "presence_penalty": 0, "tools": None, "metadata": {}}).status_code == 200
+    assert (
+        shared.post(
+            json=ASK | {"n": 1, "presence_penalty": 0, "tools": None, "metadata": {}}
+        ).status_code
+        == 200
+    )
 
 
 def test_infinity_is_no_temperature(shared):
     response = shared.post(content=json.dumps(ASK | {"temperature": float("inf")}), headers=JSON)
     assert response.status_code == 400 and error_of(response)["param"] == "temperature"
+
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_a_body_of_10_megabytes_is_refused(shared, chunked):
@@ -107,8 +139,13 @@ def test_a_body_of_10_megabytes_is_refused(shared, chunked):
     parts = (body[at : at + 65536] for at in range(0, len(body), 65536))
     try:
         response = shared.post(content=parts if chunked else body, headers=JSON)
-        assert response.status_code == 413 and "larger than 1000000 bytes" in error_of(response)["message"]
-    except httpx.WriteError:  # the answer came, and the line was closed, while we were still writing
+        assert (
+            response.status_code == 413
+            and "larger than 1000000 bytes" in error_of(response)["message"]
+        )
+    except (
+        httpx.WriteError
+    ):  # the answer came, and the line was closed, while we were still writing
         assert chunked
     assert shared.fake.started == before and shared.post(json=ASK).status_code == 200
 
@@ -133,22 +170,39 @@ def test_an_unknown_address_is_answered_with_those_there_are(shared):
 
 
 def test_without_keys_only_this_machine_s_names_are_served(shared):
-    for host, status in (("127.0.0.1:80", 200), ("localhost", 200), ("[::1]:80", 200), ("evil.example:80", 403)):
+    for host, status in (
+        ("127.0.0.1:80", 200),
+        ("localhost", 200),
+        ("[::1]:80", 200),
+        ("evil.example:80", 403),
+    ):
         assert shared.post(json=ASK, headers={"host": host}).status_code == status, host
 
 
 def test_only_the_right_key_opens(tmp_path, fake):
     with gateway(tmp_path, fake, keys=f"{KEY},{OTHER}") as bench:
-        for header in ({}, {"authorization": "Bearer wrong-key-wrong-key"}, {"authorization": f"Basic {KEY}"},
-                       {"authorization": f"Bearer {KEY[:-1]}"}, {"authorization": "Bearer"}):  # fmt: skip
+        for header in (
+            {},
+            {"authorization": "Bearer wrong-key-wrong-key"},
+            {"authorization": f"Basic {KEY}"},
+            {"authorization": f"Bearer {KEY[:-1]}"},
+            {"authorization": "Bearer"},
+        ):
             response = bench.post(json=ASK, headers=header)
-            assert response.status_code == 401 and "Authorization: Bearer KEY" in error_of(response)["message"]
+            assert (
+                response.status_code == 401
+                and "Authorization: Bearer KEY" in error_of(response)["message"]
+            )
             assert bench.post("feedback", json={}, headers=header).status_code == 401
             for path in ("/v1/models", "/metrics"):
-                assert httpx.get(bench.root + path, headers=header, trust_env=False).status_code == 401
+                assert (
+                    httpx.get(bench.root + path, headers=header, trust_env=False).status_code == 401
+                )
         assert fake.started == 0
         for key in (KEY, OTHER):
-            assert bench.post(json=ASK, headers={"authorization": f"Bearer {key}"}).status_code == 200
+            assert (
+                bench.post(json=ASK, headers={"authorization": f"Bearer {key}"}).status_code == 200
+            )
         for path in ("/health", "/ready"):  # a load balancer has no key
             assert httpx.get(bench.root + path, trust_env=False).status_code == 200
         assert {row["caller"] for row in answers(bench.store)}.isdisjoint({KEY, OTHER})
@@ -158,15 +212,25 @@ def test_each_key_has_its_own_rate(tmp_path, fake):
     """Three a minute: the fourth waits up to 20 s; the other key is not touched."""
     with gateway(tmp_path, fake, keys=f"{KEY},{OTHER}", requests_per_minute=3) as bench:
         mine, theirs = ({"authorization": f"Bearer {key}"} for key in (KEY, OTHER))
-        assert [bench.post(json=ASK, headers=mine).status_code for _ in range(4)] == [200, 200, 200, 429]
+        assert [bench.post(json=ASK, headers=mine).status_code for _ in range(4)] == [
+            200,
+            200,
+            200,
+            429,
+        ]
         response = bench.post(json=ASK, headers=mine)
-        assert error_of(response)["code"] == "rate_limit_exceeded" and 1 <= int(response.headers["retry-after"]) <= 20
+        assert (
+            error_of(response)["code"] == "rate_limit_exceeded"
+            and 1 <= int(response.headers["retry-after"]) <= 20
+        )
         assert bench.post(json=ASK, headers=theirs).status_code == 200
 
 
 @pytest.fixture
 def many_files():
-    """Both ends of 1,000 connections are in this process: more open files than many shells allow at first."""
+    """Both ends of 1,000 connections are in this process: more open files than many shells allow at
+    first.
+    """
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
@@ -176,7 +240,9 @@ def many_files():
 
 
 def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
-    """Capacity: 10 running and 90 waiting. 1,000 arrive at once; each is answered, or refused at once with 429."""
+    """Capacity: 10 running and 90 waiting. 1,000 arrive at once; each is answered, or refused at
+    once with 429.
+    """
     fake = FakeEngine(seconds=0.02)
     with gateway(tmp_path, fake, concurrency=10, queue=90) as bench:
         before, most = resident_megabytes(), []
@@ -196,11 +262,17 @@ def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
         statuses = [response.status_code for response in responses]
         assert set(statuses) == {200, 429} and statuses.count(200) >= 100
         assert all(int(r.headers["retry-after"]) >= 1 for r in responses if r.status_code == 429)
-        assert all(r.json()["choices"][0]["message"]["content"] == "".join(WORDS) for r in responses if r.is_success)
+        assert all(
+            r.json()["choices"][0]["message"]["content"] == "".join(WORDS)
+            for r in responses
+            if r.is_success
+        )
         assert fake.most <= 10 and max(most) <= 90
         assert (bench.slots.running, bench.slots.waiting) == (0, 0)
         assert len(answers(bench.store)) == statuses.count(200) == fake.finished
-        assert resident_megabytes() - before < 150  # both sides of 1,000 connections, in this one process
+        assert (
+            resident_megabytes() - before < 150
+        )  # both sides of 1,000 connections, in this one process
 
 
 def resident_megabytes() -> float:
@@ -211,7 +283,9 @@ def resident_megabytes() -> float:
 
 @pytest.mark.parametrize("fault", ["cut", "error event", "nonsense"])
 def test_a_stream_that_breaks_ends_with_an_error_event(bench, fake, fault):
-    """The client has the first words, then an error: never an answer that looks whole. The next one is whole."""
+    """The client has the first words, then an error: never an answer that looks whole. The next one
+    is whole.
+    """
     fake.fault = fault
     client, words = OpenAI(base_url=f"{bench.root}/v1", api_key="none", max_retries=0), []
     with pytest.raises(APIError) as raised:
@@ -225,8 +299,12 @@ def test_a_stream_that_breaks_ends_with_an_error_event(bench, fake, fault):
     assert bench.post(json=ASK).status_code == 200 and bench.slots.running == 0
 
 
-@pytest.mark.parametrize(("fault", "status"), [("status 500", 502), ("status 422", 400), ("status 429", 429)])
-def test_a_refusal_of_the_engine_has_a_status_of_its_own_also_when_streaming(bench, fake, fault, status):
+@pytest.mark.parametrize(
+    ("fault", "status"), [("status 500", 502), ("status 422", 400), ("status 429", 429)]
+)
+def test_a_refusal_of_the_engine_has_a_status_of_its_own_also_when_streaming(
+    bench, fake, fault, status
+):
     fake.fault = fault
     for stream in (False, True):
         response = bench.post(json=ASK | {"stream": stream})
@@ -245,15 +323,22 @@ def test_an_engine_that_is_too_slow_is_given_up_and_its_work_cancelled(tmp_path)
 
 def test_a_request_waits_no_longer_than_its_time_for_a_place(tmp_path):
     fake = FakeEngine(seconds=30)
-    with gateway(tmp_path, fake, concurrency=1, queue=1, timeout=0.5) as bench, ThreadPoolExecutor(2) as pool:
-        statuses = [f.result().status_code for f in [pool.submit(bench.post, json=ASK) for _ in range(2)]]
+    with (
+        gateway(tmp_path, fake, concurrency=1, queue=1, timeout=0.5) as bench,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        statuses = [
+            f.result().status_code for f in [pool.submit(bench.post, json=ASK) for _ in range(2)]
+        ]
         assert statuses == [504, 504]
         until(lambda: (bench.slots.running, bench.slots.waiting) == (0, 0), "free place")
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_hangs_up_frees_its_place_and_the_engine(tmp_path, stream):
-    """One place only: the next request is answered because the first was cancelled, long before its 150 s were up."""
+    """One place only: the next request is answered because the first was cancelled, long before its
+    150 s were up.
+    """
     fake = FakeEngine(seconds=30)
     with gateway(tmp_path, fake, concurrency=1, timeout=600) as bench:
         line = open_stream(bench, stream=stream)
@@ -297,20 +382,32 @@ def test_shutdown_finishes_a_stream_that_has_begun(tmp_path):
     # The block is left: the gateway was asked to end, and waited for this stream.
     while part := line.recv(4096):
         received += part
-    assert b"data: [DONE]" in received and all(json.dumps(word).encode() in received for word in WORDS)
+    assert b"data: [DONE]" in received and all(
+        json.dumps(word).encode() in received for word in WORDS
+    )
 
 
-def test_an_engine_that_is_away_makes_a_request_wait_and_is_found_again(tmp_path, fake, monkeypatch):
-    monkeypatch.setattr("common.serving.engine.WATCH_SECONDS", 0.1)
+def test_an_engine_that_is_away_makes_a_request_wait_and_is_found_again(
+    tmp_path, fake, monkeypatch
+):
+    monkeypatch.setattr("deploy.serving.engine.WATCH_SECONDS", 0.1)
     with gateway(tmp_path, fake, engine_wait=0.2) as bench:
         engine = bench.gateway.engines["a"]
         there, engine.url = engine.url, "http://127.0.0.1:9"  # nobody listens there
-        until(lambda: httpx.get(f"{bench.root}/ready", trust_env=False).status_code == 503, "engine gone", 40)
+        until(
+            lambda: httpx.get(f"{bench.root}/ready", trust_env=False).status_code == 503,
+            "engine gone",
+            40,
+        )
         response = bench.post(json=ASK)
         assert response.status_code == 503 and error_of(response)["code"] == "engine_unavailable"
         assert int(response.headers["retry-after"]) >= 1 and bench.slots.running == 0
         engine.url = there
-        until(lambda: httpx.get(f"{bench.root}/ready", trust_env=False).status_code == 200, "engine back", 40)
+        until(
+            lambda: httpx.get(f"{bench.root}/ready", trust_env=False).status_code == 200,
+            "engine back",
+            40,
+        )
         assert bench.post(json=ASK).status_code == 200
 
 
@@ -327,10 +424,13 @@ def test_metrics_count_what_happened_and_name_no_user(bench):
     bench.post(json=ASK | {"user": "ada"})
     bench.post(json=ASK | {"max_tokens": -1})
     text = httpx.get(f"{bench.root}/metrics", trust_env=False).text
-    for line in ('gateway_requests_total{model="a",path="chat",status="200"} 1.0',
-                 'gateway_engine_ready{model="a"} 1.0',
-                 'gateway_requests_total{model="",path="chat",status="400"} 1.0', 'gateway_running{model="a"} 0.0',
-                 'gateway_tokens_total{kind="completion",model="a"} 5.0'):  # fmt: skip
+    for line in (
+        'gateway_requests_total{model="a",path="chat",status="200"} 1.0',
+        'gateway_engine_ready{model="a"} 1.0',
+        'gateway_requests_total{model="",path="chat",status="400"} 1.0',
+        'gateway_running{model="a"} 0.0',
+        'gateway_tokens_total{kind="completion",model="a"} 5.0',
+    ):
         assert line in text, text
     assert "ada" not in text and "kettle" not in text
 
@@ -343,11 +443,15 @@ def test_a_failing_store_loses_records_but_no_answers(tmp_path, fake):
         assert bench.post(json=long).status_code == 200
         text = httpx.get(f"{bench.root}/metrics", trust_env=False).text
         assert "gateway_records_lost_total 1.0" in text
-        response = bench.post("feedback", json={"request_id": first, "rating": "down", "correction": "y" * 19_999})
+        response = bench.post(
+            "feedback", json={"request_id": first, "rating": "down", "correction": "y" * 19_999}
+        )
         kept = 0
         while response.status_code == 200 and kept < 20:
             kept += 1
-            response = bench.post("feedback", json={"request_id": first, "rating": "up", "correction": "y" * 19_999})
+            response = bench.post(
+                "feedback", json={"request_id": first, "rating": "up", "correction": "y" * 19_999}
+            )
         assert response.status_code == 507 and "full" in error_of(response)["message"]
         assert bench.post(json=ASK).status_code == 200
 
@@ -391,7 +495,9 @@ def test_a_client_that_does_not_read_is_cut_off_and_its_source_closed():
         pieces = source()
         await anext(pieces)
         stream = EventStream(events(pieces), pieces, {}, seconds=0.05)
-        await asyncio.wait_for(stream({"type": "http", "asgi": {"spec_version": "2.4"}}, stuck, stuck), 20)
+        await asyncio.wait_for(
+            stream({"type": "http", "asgi": {"spec_version": "2.4"}}, stuck, stuck), 20
+        )
 
     asyncio.run(run())
     assert closed == [True]

@@ -6,8 +6,8 @@ from gradio_client import Client
 from openai import OpenAI
 from serving_tools import WORDS, FakeEngine, gateway
 
-from common.serving.page import answer, open_page, rate
-from common.serving.reports import answers
+from deploy.serving.page import answer, open_page, rate
+from deploy.serving.reports import answers
 
 ASKED = [{"role": "user", "content": "What is the kettle for?"}]
 
@@ -35,7 +35,10 @@ def test_an_answer_grows_and_its_thumb_is_kept(bench, client):
     assert text == "".join(WORDS).strip()
     assert "may help to train" in rate(client, name, liked=False, consent=True)
     [row] = answers(bench.store)
-    assert (row["id"], row["rating"], row["consent"]) == (name, -1, 1) and row["user"] not in (None, "me")
+    assert (row["id"], row["rating"], row["consent"]) == (name, -1, 1) and row["user"] not in (
+        None,
+        "me",
+    )
 
 
 def test_a_failure_is_said_in_the_place_of_the_answer(client, fake):
@@ -50,15 +53,18 @@ def test_a_failure_is_said_in_the_place_of_the_answer(client, fake):
 
 def test_a_talk_that_became_too_long_loses_its_oldest_turns(bench, client, fake, monkeypatch):
     """Room for three messages of the five."""
-    from common.serving.limits import Refusal
+    from deploy.serving.limits import Refusal
 
     def room(engine, request):
         if len(request.messages) > 3:
             raise Refusal(400, "context_length_exceeded", "Too long.", "messages")
         return 10
 
-    monkeypatch.setattr("common.serving.engine.Engine.room", room)
-    talk = [{"role": role, "content": str(at)} for at, role in enumerate(["user", "assistant"] * 2 + ["user"])]
+    monkeypatch.setattr("deploy.serving.engine.Engine.room", room)
+    talk = [
+        {"role": role, "content": str(at)}
+        for at, role in enumerate(["user", "assistant"] * 2 + ["user"])
+    ]
     assert list(answer(client, talk, "me"))[-1][0] == "".join(WORDS).strip()
     assert [message["content"] for message in fake.bodies[-1]["messages"]] == ["2", "3", "4"]
 

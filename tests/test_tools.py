@@ -1,15 +1,17 @@
-"""The runner of the notebooks, on notebooks of one to three cells, and the tables made from what was measured."""
+"""The runner of the notebooks, on notebooks of one to three cells, and the tables made from what
+was measured.
+"""
 
 import json
 import os
 import re
 
-import bench_table
+from tools import bench_table
 import nbformat
 import pytest
-import readme_table
-import results_table
-import run_labs
+from tools import readme_table
+from tools import results_table
+from tools import run_labs
 from nbformat.v4 import new_code_cell, new_notebook
 
 from common.profiles import PROFILES, TINY
@@ -27,7 +29,9 @@ def write_notebook(folder, name, *sources):
 
 def test_a_notebook_runs_in_its_own_folder_and_is_measured(tmp_path):
     """100 MB that are released at once still count in the peak."""
-    notebook = write_notebook(tmp_path, "01-A.ipynb", "import os; print(os.getcwd())", "len(b'1' * 100_000_000)")
+    notebook = write_notebook(
+        tmp_path, "01-A.ipynb", "import os; print(os.getcwd())", "len(b'1' * 100_000_000)"
+    )
     before = notebook.read_bytes()
     [(name, timing)] = run_labs.run_all([notebook], tmp_path / "copies").items()
     copy = nbformat.read(tmp_path / "copies" / name, 4)
@@ -63,7 +67,11 @@ def test_the_first_failure_ends_the_run_and_says_where(tmp_path):
     with pytest.raises(run_labs.LabFailed) as failure:
         run_labs.run_all([first, second], tmp_path / "copies")
     text = str(failure.value)
-    assert "Lab-1.7 01-A failed in cell 2/3" in text and "1 / 0" in text and "ZeroDivisionError" in text
+    assert (
+        "Lab-1.7 01-A failed in cell 2/3" in text
+        and "1 / 0" in text
+        and "ZeroDivisionError" in text
+    )
     copy = nbformat.read(tmp_path / "copies" / LAB / "01-A.ipynb", 4)
     assert copy.cells[0].outputs[0].text == "here\n" and copy.cells[2].execution_count is None
     assert not (tmp_path / "copies" / LAB / "02-B.ipynb").exists()
@@ -122,13 +130,20 @@ def test_without_results_the_table_says_which_notebook_writes_them(tmp_path):
 def test_the_readme_table_has_a_row_per_notebook_and_says_what_was_not_measured():
     """80.4 s is 1 min 20 s; 620 MB is 0.62 GB; the total adds times and takes the largest memory."""
     machine = {"cpu": "X", "cores": 2, "memory_bytes": 8e9, "gpu": [], "versions": {"torch": "2"}}
-    both = {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6},
-            f"{LAB}/02-B.ipynb": {"wall_seconds": 5, "peak_memory_bytes": 100e6}}  # fmt: skip
+    both = {
+        f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6},
+        f"{LAB}/02-B.ipynb": {"wall_seconds": 5, "peak_memory_bytes": 100e6},
+    }
     one = {f"{LAB}/01-A.ipynb": {"wall_seconds": 3, "peak_memory_bytes": 50e6}}
-    results = {"cpu": {"machine": machine, "notebooks": both}, "smoke": {"machine": machine, "notebooks": one}}
+    results = {
+        "cpu": {"machine": machine, "notebooks": both},
+        "smoke": {"machine": machine, "notebooks": one},
+    }
     lines = readme_table.table(results, "notebook", "all", "not measured").splitlines()
     assert lines[0] == "| notebook | `cpu` | `smoke` |"
-    assert lines[2] == f"| [Lab-1.7 01-A]({LAB}/01-A.ipynb) | 1 min 20 s · 0.62 GB | 3 s · 0.05 GB |"
+    assert (
+        lines[2] == f"| [Lab-1.7 01-A]({LAB}/01-A.ipynb) | 1 min 20 s · 0.62 GB | 3 s · 0.05 GB |"
+    )
     assert lines[3] == f"| [Lab-1.7 02-B]({LAB}/02-B.ipynb) | 5 s · 0.10 GB | not measured |"
     assert lines[4] == "| all | 1 min 25 s · 0.62 GB | 3 s · 0.05 GB |"
 
@@ -146,15 +161,33 @@ def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
     text = (readme_table.ROOT / name).read_text(encoding="utf-8")
     results = (readme_table.RESULTS, readme_table.QUALITY)
     times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in results)
-    assert readme_table.updated(text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])) == text
+    assert (
+        readme_table.updated(
+            text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])
+        )
+        == text
+    )
     assert readme_table.updated(text, "quality", readme_table.quality_markdown(scores)) == text
     assert readme_table.updated(text, "recipes", readme_table.recipes_table(name)) == text
     language = readme_table.LANGUAGES[name]
-    assert readme_table.updated(text, "step", bench_table.step_summary(bench_table.read("step"), language)) == text
-    assert readme_table.updated(text, "gpu", bench_table.gpu_markdown(bench_table.read("gpu"), language)) == text
+    assert (
+        readme_table.updated(
+            text, "step", bench_table.step_summary(bench_table.read("step"), language)
+        )
+        == text
+    )
+    assert (
+        readme_table.updated(
+            text, "gpu", bench_table.gpu_markdown(bench_table.read("gpu"), language)
+        )
+        == text
+    )
     text = (readme_table.ROOT / readme_table.ORPO_LAB / name).read_text(encoding="utf-8")
     comparison = json.loads(readme_table.COMPARISON.read_text(encoding="utf-8"))
-    assert readme_table.updated(text, "comparison", readme_table.comparison_markdown(comparison)) == text
+    assert (
+        readme_table.updated(text, "comparison", readme_table.comparison_markdown(comparison))
+        == text
+    )
 
 
 @pytest.mark.parametrize(("language", "missing"), [("en", "not measured"), ("zh", "未測量")])
@@ -162,7 +195,9 @@ def test_without_a_gpu_every_full_size_profile_is_not_measured(language, missing
     """Three methods each, and four cells a row; the tiny profiles are not there."""
     lines = bench_table.gpu_markdown(None, language).splitlines()[2:]
     profiles = [name for name, profile in PROFILES.items() if profile.model != TINY]
-    assert [line.split(" | ")[0] for line in lines] == [f"| `{name}`" for name in profiles for _ in range(3)]
+    assert [line.split(" | ")[0] for line in lines] == [
+        f"| `{name}`" for name in profiles for _ in range(3)
+    ]
     assert all(line.count(missing) == 4 for line in lines)
 
 
@@ -174,24 +209,56 @@ def test_results_are_read_where_they_are(tmp_path, monkeypatch):
 
 def test_the_measured_line_names_the_profiles_that_were_not_measured():
     """80.4 s is 1 min 20 s; of the five profiles only `cpu` has a time here."""
-    results = {"cpu": {"notebooks": {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6}}}}
+    results = {
+        "cpu": {
+            "notebooks": {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6}}
+        }
+    }
     line = readme_table.measured_line(results, f"{LAB}/01-A.ipynb")
-    assert line.endswith("`cpu` 1 min 20 s · 0.62 GB. Not measured: `smoke`, `gpt2`, `qwen-0.5b`, `qlora-7b`.")
+    assert line.endswith(
+        "`cpu` 1 min 20 s · 0.62 GB. Not measured: `smoke`, `gpt2`, `qwen-0.5b`, `qlora-7b`."
+    )
 
 
 def test_the_recipes_are_the_profiles_own():
     """A stage has a row; plain DPO only where its rate differs. 0.0004 is written 4e-4."""
-    english, chinese = (readme_table.recipes_table(name).splitlines() for name in readme_table.WORDS)
-    assert "| `smoke` | `dpo` | 4e-4 | 0.1 |  | 3 | rate: ours, tuned on seeds 0–2; β: " in "\n".join(english)
-    assert "| `cpu` | `orpo` | 5e-3 |  | 0.5 | 2 | rate: ours, tuned on seeds 0–2; λ: the lab page |" in english
+    english, chinese = (
+        readme_table.recipes_table(name).splitlines() for name in readme_table.WORDS
+    )
+    assert (
+        "| `smoke` | `dpo` | 4e-4 | 0.1 |  | 3 | rate: ours, tuned on seeds 0–2; β: "
+        in "\n".join(english)
+    )
+    assert (
+        "| `cpu` | `orpo` | 5e-3 |  | 0.5 | 2 | rate: ours, tuned on seeds 0–2; λ: the lab page |"
+        in english
+    )
     stages = [line.split("`")[3] for line in english[2:] if line.startswith("| `qlora-7b`")]
     assert stages == ["sft", "dpo", "orpo"] and sum("dpo_plain" in line for line in english) == 2
-    assert [line.split("|")[1:7] for line in chinese[2:]] == [line.split("|")[1:7] for line in english[2:]]
+    assert [line.split("|")[1:7] for line in chinese[2:]] == [
+        line.split("|")[1:7] for line in english[2:]
+    ]
 
 
 def test_no_source_is_left_in_english_in_the_chinese_readme():
     """Outside links and code, the words that remain are names."""
-    text = "\n".join(line.split("|")[7] for line in readme_table.recipes_table("README.zh-TW.md").splitlines()[2:])
+    text = "\n".join(
+        line.split("|")[7]
+        for line in readme_table.recipes_table("README.zh-TW.md").splitlines()[2:]
+    )
     words = set(re.findall("[A-Za-z]+", re.sub(r"\(http[^)]*\)", "", text)))
-    assert words <= {"TRL", "GPT", "Qwen", "B", "Instruct", "DPO", "QLoRA", "Zephyr", "ORPO", "Mistral", "Trainer",
-                     "transformers", "e"}  # fmt: skip
+    assert words <= {
+        "TRL",
+        "GPT",
+        "Qwen",
+        "B",
+        "Instruct",
+        "DPO",
+        "QLoRA",
+        "Zephyr",
+        "ORPO",
+        "Mistral",
+        "Trainer",
+        "transformers",
+        "e",
+    }

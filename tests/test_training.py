@@ -1,4 +1,6 @@
-"""Training: what a run leaves, reuse, accumulation, early stop, warnings, and exact resume after any kind of end."""
+"""Training: what a run leaves, reuse, accumulation, early stop, warnings, and exact resume after
+any kind of end.
+"""
 
 import errno
 import json
@@ -19,15 +21,20 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tiny import assert_same
 
-from common import checkpoints, loop, models, runs, train
+from common import lab as runs
+from common import models
 from common.data import tokenize_pairs
 from common.evaluation import logps_of
+from common.io.files import read_metrics
 from common.judges import RewardJudge
-from common.loop import Trainer, TrainingError
+from common.lab import BrokenLineage, Lab, MissingRun
 from common.profiles import PROFILES
-from common.runs import BrokenLineage, Lab, MissingRun, read_metrics
-from common.signs import signs_of_over_optimisation
+from common.training import __main__ as train
+from common.training import checkpoints
 from common.training import train as train_stage
+from common.training import trainer as loop
+from common.training.signs import signs_of_over_optimisation
+from common.training.trainer import Trainer, TrainingError
 
 TESTS = Path(__file__).parent
 LN2 = math.log(2)
@@ -50,7 +57,9 @@ def make_trainer(lab, stage: str, folder: Path, dtype=torch.float32, **changes) 
     trainer = Trainer(lab, stage, recipe, rows.to_list(), lab.test_pairs.to_list(), folder)
     with torch.random.fork_rng():
         torch.manual_seed(0)  # a reward model's new head
-        policy = models.load_model(lab.source("sft"), lab.profile, reward_head=method == "reward").to(dtype)
+        policy = models.load_model(
+            lab.source("sft"), lab.profile, reward_head=method == "reward"
+        ).to(dtype)
     reference = models.freeze(lab.load("sft").to(dtype)) if method == "dpo" else None
     trainer.build(policy, reference)
     return trainer
@@ -74,21 +83,56 @@ def interrupt(patch, before_step: int) -> None:
 def test_run_json_has_the_keys_of_the_design(lab):
     record = json.loads((lab.path("sft") / "run.json").read_text())
     assert {
-        "stage", "profile", "seed", "parent", "fingerprint", "model", "dataset", "n_pairs", "hyperparameters", "steps",
-        "train_tokens", "train_flops", "wall_seconds", "cpu_seconds", "peak_memory_bytes", "device", "versions",
+        "stage",
+        "profile",
+        "seed",
+        "parent",
+        "fingerprint",
+        "model",
+        "dataset",
+        "n_pairs",
+        "hyperparameters",
+        "steps",
+        "train_tokens",
+        "train_flops",
+        "wall_seconds",
+        "cpu_seconds",
+        "peak_memory_bytes",
+        "device",
+        "versions",
         "final",
-    } <= record.keys()  # fmt: skip
-    assert (record["stage"], record["profile"], record["seed"], record["parent"]) == ("sft", "smoke", 0, "base")
+    } <= record.keys()
+    assert (record["stage"], record["profile"], record["seed"], record["parent"]) == (
+        "sft",
+        "smoke",
+        0,
+        "base",
+    )
     assert (record["model"], record["dataset"]) == ("tiny-gpt2", "toyworld")
-    assert record["n_pairs"] == 57 and record["steps"] == 7  # 60 demonstrations, 3 held out, 57 // 8 = 7 steps
-    counts = ("train_flops", "simple_flops", "padded_tokens", "wall_seconds", "cpu_seconds", "peak_memory_bytes")
+    assert (
+        record["n_pairs"] == 57 and record["steps"] == 7
+    )  # 60 demonstrations, 3 held out, 57 // 8 = 7 steps
+    counts = (
+        "train_flops",
+        "simple_flops",
+        "padded_tokens",
+        "wall_seconds",
+        "cpu_seconds",
+        "peak_memory_bytes",
+    )
     assert all(record[name] > 0 for name in counts)
     assert record["final"]["held_out_loss"] == read_metrics(lab.path("sft"))[-1]["held_out_loss"]
 
 
 def test_a_run_folder_holds_the_model_and_tokenizer_and_no_checkpoint(lab):
     names = {path.name for path in lab.path("sft").iterdir()}
-    assert {"model.safetensors", "config.json", "tokenizer.json", "metrics.jsonl", "run.json"} <= names
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "metrics.jsonl",
+        "run.json",
+    } <= names
     assert not any(path.is_dir() for path in lab.path("sft").iterdir())
 
 
@@ -96,11 +140,16 @@ def test_metrics_have_one_row_a_step_and_row_0_before_training(lab):
     metrics = lab.metrics("sft")
     assert [row["step"] for row in metrics] == list(range(8))
     assert all({"loss", "lr", "tokens", "nll", "logps_chosen"} <= row.keys() for row in metrics[1:])
-    assert "loss" not in metrics[0] and {"held_out_loss", "held_out_logps_rejected"} <= metrics[0].keys()
+    assert (
+        "loss" not in metrics[0]
+        and {"held_out_loss", "held_out_logps_rejected"} <= metrics[0].keys()
+    )
 
 
 def test_the_loss_falls(lab):
-    """120 lines and 57 demonstrations are enough for a model that starts with guessing among 500 tokens."""
+    """120 lines and 57 demonstrations are enough for a model that starts with guessing among 500
+    tokens.
+    """
     for stage in ("base", "sft"):
         metrics = lab.metrics(stage)
         assert metrics[-1]["held_out_loss"] < metrics[0]["held_out_loss"] - 0.1
@@ -110,7 +159,9 @@ def test_the_loss_falls(lab):
 def test_train_tokens_count_every_token_of_prompts_and_responses(lab):
     """One batch of all 57 rows, twice."""
     run = train_stage(lab, "sft", sweep="tokens", batch_size=57, micro_batch=19, epochs=2)
-    once = sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in lab.demonstrations.to_list()[:57])
+    once = sum(
+        len(row["prompt_ids"]) + len(row["chosen_ids"]) for row in lab.demonstrations.to_list()[:57]
+    )
     assert (run.record["steps"], run.record["train_tokens"]) == (2, 2 * once)
 
 
@@ -118,21 +169,31 @@ def test_train_tokens_of_pairs_count_the_prompt_on_both_sides(lab):
     """One batch of all 40 pairs: the model reads the prompt twice."""
     run = train_stage(lab, "dpo_plain", sweep="tokens", batch_size=40, micro_batch=40, epochs=1)
     rows = lab.train_pairs.to_list()
-    read = sum(2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in rows)
+    read = sum(
+        2 * len(row["prompt_ids"]) + len(row["chosen_ids"]) + len(row["rejected_ids"])
+        for row in rows
+    )
     assert (run.record["steps"], run.record["train_tokens"]) == (1, read)
 
 
 def test_steps_visit_every_row_once_an_epoch_in_a_new_order(lab, tmp_path):
     trainer = make_trainer(lab, "dpo", tmp_path)  # 40 rows, 5 steps an epoch
-    epochs = [[row for step in range(start, start + 5) for row in trainer.step_rows(step)] for start in (0, 5)]
+    epochs = [
+        [row for step in range(start, start + 5) for row in trainer.step_rows(step)]
+        for start in (0, 5)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert epochs[0] != epochs[1]
-    other = Trainer(Lab(lab.profile, 1), "dpo", trainer.recipe, trainer.rows, trainer.held_out, tmp_path)
+    other = Trainer(
+        Lab(lab.profile, 1), "dpo", trainer.recipe, trainer.rows, trainer.held_out, tmp_path
+    )
     assert other.step_rows(0) != trainer.step_rows(0)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing(lab, tmp_path):
-    """10 steps, a tenth of warm-up: step 1 at 0, step 2 at the peak, then linear, a ninth less each step."""
+    """10 steps, a tenth of warm-up: step 1 at 0, step 2 at the peak, then linear, a ninth less each
+    step.
+    """
     trainer = make_trainer(lab, "dpo", tmp_path, lr=0.9e-3, epochs=2)
     rates = [trainer.step()["lr"] for _ in range(10)]
     assert_same(torch.tensor(rates), [0.0] + [0.9e-3 - 1e-4 * step for step in range(9)], 1e-9)
@@ -147,16 +208,31 @@ def dpo(lab):
 
 
 def test_dpo_starts_at_ln_2(lab, dpo):
-    """Before the first step policy and reference are the same: on held-out pairs, and in the first batch."""
+    """Before the first step policy and reference are the same: on held-out pairs, and in the first
+    batch.
+    """
     zero, first = dpo.metrics[0], dpo.metrics[1]
     assert_same(zero["held_out_loss"], LN2)
-    assert zero["held_out_rewards_chosen"] == zero["held_out_rewards_rejected"] == zero["held_out_margin"] == 0.0
+    assert (
+        zero["held_out_rewards_chosen"]
+        == zero["held_out_rewards_rejected"]
+        == zero["held_out_margin"]
+        == 0.0
+    )
     assert zero["held_out_accuracy"] == 0.5 and zero["held_out_kl"] == 0.0
     assert_same(first["loss"], LN2)
 
 
 def test_dpo_logs_rewards_and_both_log_probabilities(dpo):
-    names = {"rewards_chosen", "rewards_rejected", "margin", "accuracy", "logps_chosen", "logps_rejected", "nll"}
+    names = {
+        "rewards_chosen",
+        "rewards_rejected",
+        "margin",
+        "accuracy",
+        "logps_chosen",
+        "logps_rejected",
+        "nll",
+    }
     for row in dpo.metrics[1:]:
         assert names <= row.keys()
         assert_same(row["margin"], row["rewards_chosen"] - row["rewards_rejected"], 1e-9)
@@ -166,19 +242,28 @@ def test_dpo_logs_rewards_and_both_log_probabilities(dpo):
 def test_dpo_raises_the_margin_of_the_pairs_it_trains_on(lab):
     """The same 8 pairs, 12 times over."""
     pairs = lab.data.train.select(range(8))
-    run = train_stage(lab, "dpo_plain", sweep="eight", pairs=pairs, epochs=12, lr=2e-3, evaluations=1)
+    run = train_stage(
+        lab, "dpo_plain", sweep="eight", pairs=pairs, epochs=12, lr=2e-3, evaluations=1
+    )
     assert run.metrics[-1]["margin"] > 0.2 and run.metrics[-1]["loss"] < LN2 - 0.05
 
 
 def test_the_saved_model_is_the_returned_one(lab, dpo):
     loaded = lab.load("dpo_plain")
-    assert_same(logps_of(loaded, lab.test_pairs).chosen.sums, logps_of(dpo.model, lab.test_pairs).chosen.sums)
+    assert_same(
+        logps_of(loaded, lab.test_pairs).chosen.sums,
+        logps_of(dpo.model, lab.test_pairs).chosen.sums,
+    )
     assert not loaded.training and not dpo.model.training
 
 
 def test_another_reference_shifts_the_start(lab):
-    """With the base as reference the SFT model is not at ln 2 any more: the step-0 check finds a wrong reference."""
-    run = train_stage(lab, "dpo_plain", sweep="base-reference", reference="base", epochs=0.2, evaluations=1)
+    """With the base as reference the SFT model is not at ln 2 any more: the step-0 check finds a
+    wrong reference.
+    """
+    run = train_stage(
+        lab, "dpo_plain", sweep="base-reference", reference="base", epochs=0.2, evaluations=1
+    )
     assert run.record["reference"] == "base" and run.record["parent"] == "sft"
     assert abs(run.metrics[0]["held_out_loss"] - LN2) > 1e-4
     assert run.metrics[0]["held_out_kl"] > 0
@@ -188,7 +273,9 @@ def test_dpo_through_lora_starts_at_ln_2_without_a_second_model(lab, monkeypatch
     """A fresh adapter switched off is the reference. The finished model has plain, merged weights."""
     built = []
     build = Trainer.build
-    monkeypatch.setattr(Trainer, "build", lambda self, *models: (built.append(models), build(self, *models))[1])
+    monkeypatch.setattr(
+        Trainer, "build", lambda self, *models: (built.append(models), build(self, *models))[1]
+    )
     run = train_stage(lab, "dpo_lora", nll_weight=0.0, lr=5e-3)
     assert [reference for _, reference in built] == [None]
     assert_same(run.metrics[0]["held_out_loss"], LN2)
@@ -196,7 +283,10 @@ def test_dpo_through_lora_starts_at_ln_2_without_a_second_model(lab, monkeypatch
     assert run.metrics[-1]["held_out_loss"] != LN2
     saved = load_file(run.folder / "model.safetensors")
     assert not [name for name in saved if "lora" in name]
-    moved, parent = logps_of(lab.load("dpo_lora"), lab.test_pairs), logps_of(lab.load("sft"), lab.test_pairs)
+    moved, parent = (
+        logps_of(lab.load("dpo_lora"), lab.test_pairs),
+        logps_of(lab.load("sft"), lab.test_pairs),
+    )
     assert_same(moved.chosen.sums, logps_of(run.model, lab.test_pairs).chosen.sums)
     rewards = 0.1 * (moved.chosen.sums - parent.chosen.sums).mean().item()
     assert abs(rewards - run.metrics[-1]["held_out_rewards_chosen"]) < 1e-4  # merged = adapter on
@@ -214,12 +304,18 @@ def test_orpo_needs_no_reference(lab):
 
 @pytest.mark.parametrize("nll_on_prompt", [True, False])
 def test_the_nll_of_orpo_covers_the_prompt_where_the_recipe_says_so(lab, tmp_path, nll_on_prompt):
-    """The first batch, row by row without padding, in float64: nats over tokens, the prompt from its second token."""
-    trainer = make_trainer(lab, "orpo", tmp_path, torch.float64, nll_on_prompt=nll_on_prompt, lambda_or=0.0)
+    """The first batch, row by row without padding, in float64: nats over tokens, the prompt from
+    its second token.
+    """
+    trainer = make_trainer(
+        lab, "orpo", tmp_path, torch.float64, nll_on_prompt=nll_on_prompt, lambda_or=0.0
+    )
     parts = []
     with torch.no_grad():
         for row in (trainer.rows[number] for number in trainer.step_rows(0)):
-            prompt, chosen = tiny.naive_token_logps(trainer.model, row["prompt_ids"], row["chosen_ids"])
+            prompt, chosen = tiny.naive_token_logps(
+                trainer.model, row["prompt_ids"], row["chosen_ids"]
+            )
             parts += [prompt, chosen] if nll_on_prompt else [chosen]
     logged = trainer.step()
     assert_same(logged["loss"], -torch.cat(parts).mean(), 1e-9)
@@ -227,13 +323,23 @@ def test_the_nll_of_orpo_covers_the_prompt_where_the_recipe_says_so(lab, tmp_pat
 
 
 def test_a_reward_model_learns_pairs_that_are_easy_to_tell_apart(lab):
-    """Kind answers against rude ones, the same two throughout: it must be right on prompts it has never seen."""
+    """Kind answers against rude ones, the same two throughout: it must be right on prompts it has
+    never seen.
+    """
+
     def pairs(rows):
-        return [{"prompt": row["prompt"], "chosen": " With pleasure.", "rejected": " Go away!"} for row in rows]
+        return [
+            {"prompt": row["prompt"], "chosen": " With pleasure.", "rejected": " Go away!"}
+            for row in rows
+        ]
 
     train_pairs = lab.data.train.from_list(pairs(lab.data.train))
-    run = train_stage(lab, "reward", sweep="easy", pairs=train_pairs, lr=5e-3, epochs=4, evaluations=1)
-    judge = RewardJudge(run.model, lab.tokenizer, tokenize_pairs(pairs(lab.data.test), lab.tokenizer, 160)[0])
+    run = train_stage(
+        lab, "reward", sweep="easy", pairs=train_pairs, lr=5e-3, epochs=4, evaluations=1
+    )
+    judge = RewardJudge(
+        run.model, lab.tokenizer, tokenize_pairs(pairs(lab.data.test), lab.tokenizer, 160)[0]
+    )
     assert judge.held_out_accuracy == 1.0
     questions = [(row["prompt"], row["chosen"], row["rejected"]) for row in pairs(lab.data.test)]
     assert judge.prefer(questions) == [1] * len(questions)
@@ -248,7 +354,10 @@ def test_the_saved_reward_model_keeps_its_head(lab):
 
 def test_a_stage_without_its_parent_names_the_notebook(tmp_path, monkeypatch):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
-    with pytest.raises(MissingRun, match="02-SFT_Baseline.ipynb first, or: python -m common.train sft --profile smoke"):
+    with pytest.raises(
+        MissingRun,
+        match="02-SFT_Baseline.ipynb first, or: python -m common.training sft --profile smoke",
+    ):
         train_stage(Lab(tiny.micro_profile()), "dpo")
 
 
@@ -275,14 +384,23 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
     assert again.record == json.loads(json.dumps(dpo.record)) and again.metrics == dpo.metrics
 
 
-@pytest.mark.parametrize(("changed", "change"), [
-    ("settings", lambda lab, patch: {"lr": 1e-5}),
-    ("data", lambda lab, patch: {"pairs": lab.data.train.select(range(30))}),
-    ("source", lambda lab, patch: patch.setattr(runs, "source_digest", lambda: "another") or {}),
-    ("versions", lambda lab, patch: patch.setattr(runs, "versions", lambda: {"torch": "3"}) or {}),
-    ("parent", lambda lab, patch: {"parent": "base", "reference": "sft"}),
-    ("reference", lambda lab, patch: {"reference": "base"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changed", "change"),
+    [
+        ("settings", lambda lab, patch: {"lr": 1e-5}),
+        ("data", lambda lab, patch: {"pairs": lab.data.train.select(range(30))}),
+        (
+            "source",
+            lambda lab, patch: patch.setattr(runs, "source_digest", lambda: "another") or {},
+        ),
+        (
+            "versions",
+            lambda lab, patch: patch.setattr(runs, "versions", lambda: {"torch": "3"}) or {},
+        ),
+        ("parent", lambda lab, patch: {"parent": "base", "reference": "sft"}),
+        ("reference", lambda lab, patch: {"reference": "base"}),
+    ],
+)
 def test_a_change_makes_a_run_stale_and_is_named(lab, dpo, monkeypatch, capsys, changed, change):
     settings = {"epochs": 2, **change(lab, monkeypatch)}
     monkeypatch.setattr("common.training.Trainer", None)
@@ -304,11 +422,19 @@ def test_a_run_that_starts_is_no_longer_the_finished_one(lab, monkeypatch):
 # --- accumulation
 
 
-@pytest.mark.parametrize(("stage", "changes"), [
-    ("sft", {}), ("dpo", {"nll_weight": 1.0}), ("orpo", {}), ("reward", {}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "changes"),
+    [
+        ("sft", {}),
+        ("dpo", {"nll_weight": 1.0}),
+        ("orpo", {}),
+        ("reward", {}),
+    ],
+)
 def test_accumulation_equals_one_large_batch(lab, tmp_path, stage, changes):
-    """Three steps of 8 ragged rows at once, or as 3 + 3 + 2: losses to 1e-12 and weights to 1e-9, in float64."""
+    """Three steps of 8 ragged rows at once, or as 3 + 3 + 2: losses to 1e-12 and weights to 1e-9,
+    in float64.
+    """
     large = make_trainer(lab, stage, tmp_path, torch.float64, micro_batch=8, lr=1e-3, **changes)
     small = make_trainer(lab, stage, tmp_path, torch.float64, micro_batch=3, lr=1e-3, **changes)
     assert [len(batch["prompt_ids"]) for batch in small.micro_batches(list(range(8)))] == [3, 3, 2]
@@ -320,14 +446,19 @@ def test_accumulation_equals_one_large_batch(lab, tmp_path, stage, changes):
             assert_same(one[name], other[name])
     for one, other in zip(large.model.parameters(), small.model.parameters(), strict=True):
         assert_same(one.detach(), other.detach(), 1e-9)
-    moved = [(new - old).abs().max().item() for new, old in zip(large.model.parameters(), before, strict=True)]
+    moved = [
+        (new - old).abs().max().item()
+        for new, old in zip(large.model.parameters(), before, strict=True)
+    ]
     assert max(moved) > 1e-4
 
 
 def test_a_micro_batch_of_one_is_checked_with_two_rows(lab, tmp_path, monkeypatch):
     """How far mere batching moves a row in 16 bit is seen only where a batch has more than one."""
     seen = []
-    monkeypatch.setattr(loop, "checked_path", lambda model, batches: seen.extend(batches) or ("packed", "a test"))
+    monkeypatch.setattr(
+        loop, "checked_path", lambda model, batches: seen.extend(batches) or ("packed", "a test")
+    )
     train_stage(lab, "sft", sweep="ones", micro_batch=1, batch_size=4, epochs=0.1)
     assert [len(batch["prompt_ids"]) for batch in seen] == [2, 1]
 
@@ -337,29 +468,39 @@ def test_gradients_are_clipped(lab, tmp_path):
     trainer = make_trainer(lab, "sft", tmp_path, clip=0.0)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     trainer.step(), trainer.step()
-    assert all(torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True))
+    assert all(
+        torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True)
+    )
 
 
 # --- stopping, the best weights, and warnings
 
 
 def test_early_stopping_stops(lab):
-    """A learning rate of 0: the held-out loss never gets better than at the first evaluation, so the third ends it."""
+    """A learning rate of 0: the held-out loss never gets better than at the first evaluation, so
+    the third ends it.
+    """
     run = train_stage(lab, "sft", sweep="early", lr=0.0, epochs=2, evaluations=7, patience=2)
     assert run.record["stopped_early"] and (run.record["steps"], run.record["best_step"]) == (6, 2)
     assert [row["step"] for row in run.metrics] == list(range(7))
 
 
 def test_a_better_loss_sets_the_patience_back(lab, monkeypatch):
-    """Held-out losses 4, 5, 3, 5, 6, 7 with patience 2: one bad evaluation, a better one, then two bad ones."""
+    """Held-out losses 4, 5, 3, 5, 6, 7 with patience 2: one bad evaluation, a better one, then two
+    bad ones.
+    """
     losses = dict(enumerate((9.0, 4.0, 5.0, 3.0, 5.0, 6.0, 7.0)))
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": losses[self.state["step"]]})
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self: {"held_out_loss": losses[self.state["step"]]}
+    )
     run = train_stage(lab, "sft", sweep="patience", evaluations=7, patience=2, keep_best=False)
     assert run.record["stopped_early"] and (run.record["steps"], run.record["best_step"]) == (5, 3)
 
 
 def test_patience_0_never_stops(lab):
-    run = train_stage(lab, "sft", sweep="late", lr=0.0, epochs=1, evaluations=7, patience=0, keep_best=False)
+    run = train_stage(
+        lab, "sft", sweep="late", lr=0.0, epochs=1, evaluations=7, patience=0, keep_best=False
+    )
     assert not run.record["stopped_early"] and run.record["steps"] == 7
 
 
@@ -375,7 +516,9 @@ def test_keep_best_ends_with_the_weights_of_the_best_evaluation(lab, monkeypatch
 
     monkeypatch.setattr(Trainer, "evaluate", evaluate)
     sweep = f"best-{keep_best}"
-    run = train_stage(lab, "sft", sweep=sweep, batch_size=9, epochs=1, evaluations=3, keep_best=keep_best)
+    run = train_stage(
+        lab, "sft", sweep=sweep, batch_size=9, epochs=1, evaluations=3, keep_best=keep_best
+    )
     assert run.record["best_step"] == 4 and not torch.equal(seen[4], seen[6])
     expected = seen[4 if keep_best else 6]
     assert torch.equal(run.model.transformer.wte.weight.detach(), expected)
@@ -387,21 +530,31 @@ def healthy() -> list[dict]:
     ends = {0: (0.70, 3.0, 0.0, 0.5), 2: (0.65, 2.9, 1.0, 0.6), 4: (0.60, 2.8, 2.0, 0.7)}
     metrics = [{"step": step, "loss": 0.7 - 0.05 * step, "accuracy": 0.8} for step in range(5)]
     for step, (loss, nll, kl, rate) in ends.items():
-        metrics[step] |= {"held_out_loss": loss, "held_out_nll": nll, "held_out_kl": kl, "held_out_win_rate": rate}
+        metrics[step] |= {
+            "held_out_loss": loss,
+            "held_out_nll": nll,
+            "held_out_kl": kl,
+            "held_out_win_rate": rate,
+        }
     return metrics
 
 
 def test_a_healthy_run_has_no_warning():
     assert signs_of_over_optimisation(healthy()) == []
-    assert signs_of_over_optimisation(healthy()[:3]) == signs_of_over_optimisation(healthy()[:1]) == []
+    assert (
+        signs_of_over_optimisation(healthy()[:3]) == signs_of_over_optimisation(healthy()[:1]) == []
+    )
 
 
-@pytest.mark.parametrize(("sign", "where", "value"), [
-    ("KL to the reference is 20.5 nats", slice(4, 5), {"held_out_kl": 20.5}),
-    ("Training accuracy is 0.960", slice(3, 5), {"accuracy": 0.96}),
-    ("The loss falls but the held-out NLL rises to 3.000", slice(4, 5), {"held_out_nll": 3.0}),
-    ("The loss falls but the win rate falls to 0.50", slice(4, 5), {"held_out_win_rate": 0.5}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sign", "where", "value"),
+    [
+        ("KL to the reference is 20.5 nats", slice(4, 5), {"held_out_kl": 20.5}),
+        ("Training accuracy is 0.960", slice(3, 5), {"accuracy": 0.96}),
+        ("The loss falls but the held-out NLL rises to 3.000", slice(4, 5), {"held_out_nll": 3.0}),
+        ("The loss falls but the win rate falls to 0.50", slice(4, 5), {"held_out_win_rate": 0.5}),
+    ],
+)
 def test_each_sign_of_over_optimisation_is_named_with_its_remedies(sign, where, value):
     """Exactly one warning: it names the number and what to do."""
     metrics = healthy()
@@ -412,13 +565,16 @@ def test_each_sign_of_over_optimisation_is_named_with_its_remedies(sign, where, 
     assert warning.endswith("stop earlier, raise beta, or lower the learning rate.")
 
 
-@pytest.mark.parametrize(("where", "value"), [
-    (slice(4, 5), {"held_out_kl": 20.0}),
-    (slice(3, 5), {"accuracy": 0.95}),
-    (slice(0, 3), {"accuracy": 1.0}),  # before the last evaluation: warned of then
-    (slice(4, 5), {"held_out_nll": 2.95}),  # 2.9 + 1.7 %
-    (slice(4, 5), {"held_out_win_rate": 0.56}),  # 0.6 - 0.04
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (slice(4, 5), {"held_out_kl": 20.0}),
+        (slice(3, 5), {"accuracy": 0.95}),
+        (slice(0, 3), {"accuracy": 1.0}),  # before the last evaluation: warned of then
+        (slice(4, 5), {"held_out_nll": 2.95}),  # 2.9 + 1.7 %
+        (slice(4, 5), {"held_out_win_rate": 0.56}),  # 0.6 - 0.04
+    ],
+)
 def test_at_the_limit_there_is_no_warning(where, value):
     metrics = healthy()
     for row in metrics[where]:
@@ -435,9 +591,13 @@ def test_while_the_loss_rises_the_held_out_signs_are_silent():
 
 
 def test_warnings_are_kept_in_the_record(lab, monkeypatch):
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": 1.0, "held_out_kl": 21.0})
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self: {"held_out_loss": 1.0, "held_out_kl": 21.0}
+    )
     run = train_stage(lab, "sft", sweep="warned", epochs=0.4, evaluations=1, keep_best=False)
-    assert [warning.split(" nats")[0] for warning in run.record["warnings"]] == ["step 3: KL to the reference is 21.0"]
+    assert [warning.split(" nats")[0] for warning in run.record["warnings"]] == [
+        "step 3: KL to the reference is 21.0"
+    ]
 
 
 # --- NaN
@@ -449,13 +609,19 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monke
     trainer.step()
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     whole = trainer.loss
-    monkeypatch.setattr(trainer, "loss", lambda *args: (whole(*args)[0] * math.nan, whole(*args)[1]))
+    monkeypatch.setattr(
+        trainer, "loss", lambda *args: (whole(*args)[0] * math.nan, whole(*args)[1])
+    )
     with pytest.raises(TrainingError) as failure:
         trainer.step()
     rows = trainer.step_rows(1)
     assert f"not finite at step 2 (rows {rows})" in str(failure.value) and len(rows) == 8
-    assert "'loss': nan" in str(failure.value) and "weights are still those of step 1" in str(failure.value)
-    assert all(torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True))
+    assert "'loss': nan" in str(failure.value) and "weights are still those of step 1" in str(
+        failure.value
+    )
+    assert all(
+        torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True)
+    )
 
 
 def test_a_learning_rate_that_blows_up_stops_the_run(lab):
@@ -483,13 +649,24 @@ def uninterrupted(lab):
     return run
 
 
-@pytest.mark.parametrize(("stage", "before_step", "every"), [
-    ("dpo", 1, 1), ("dpo", 2, 1), ("dpo", 6, 1), ("dpo", 10, 1), ("dpo", 9, 4), ("dpo_lora", 5, 2), ("sft", 6, 2),
-    ("reward", 4, 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("stage", "before_step", "every"),
+    [
+        ("dpo", 1, 1),
+        ("dpo", 2, 1),
+        ("dpo", 6, 1),
+        ("dpo", 10, 1),
+        ("dpo", 9, 4),
+        ("dpo_lora", 5, 2),
+        ("sft", 6, 2),
+        ("reward", 4, 1),
+    ],
+)
 def test_a_resumed_run_is_bit_identical(lab, uninterrupted, stage, before_step, every):
-    """Ended before a step, gone on from the newest checkpoint, which may be steps back: weights, metrics and counters
-    are those of a run without a break. SFT keeps its best weights and accumulates on the way."""
+    """Ended before a step, gone on from the newest checkpoint, which may be steps back: weights,
+    metrics and counters are those of a run without a break. SFT keeps its best weights and
+    accumulates on the way.
+    """
     settings = {"micro_batch": 3} if stage == "sft" else {}
     whole, sweep = uninterrupted(stage, **settings), f"broken-{stage}-{before_step}-{every}"
     with pytest.MonkeyPatch.context() as patch:
@@ -497,17 +674,22 @@ def test_a_resumed_run_is_bit_identical(lab, uninterrupted, stage, before_step, 
         with pytest.raises(KeyboardInterrupt):
             train_stage(lab, stage, sweep=sweep, checkpoint_every=every, **settings)
     saved = checkpoints.newest(lab.path(stage, sweep))
-    assert (checkpoints.read_state(saved)["step"] if saved else 0) == (before_step - 1) // every * every
+    assert (checkpoints.read_state(saved)["step"] if saved else 0) == (
+        before_step - 1
+    ) // every * every
     resumed = train_stage(lab, stage, sweep=sweep, resume=True, checkpoint_every=every, **settings)
     assert weights_file(resumed.folder) == weights_file(whole.folder)
     assert read_metrics(resumed.folder) == read_metrics(whole.folder)
     measured = {"wall_seconds", "cpu_seconds", "evaluation_seconds", "peak_memory_bytes"}
     assert {k: v for k, v in resumed.record.items() if k not in measured} == {
-        k: v for k, v in whole.record.items() if k not in measured}  # fmt: skip
+        k: v for k, v in whole.record.items() if k not in measured
+    }
 
 
 def test_a_resumed_run_is_bit_identical_with_dropout_too(lab, monkeypatch):
-    """SFT of a model with dropout draws random numbers at every step: their state is in the checkpoint."""
+    """SFT of a model with dropout draws random numbers at every step: their state is in the
+    checkpoint.
+    """
     load = models.load_model
 
     def with_dropout(*args, **options):
@@ -525,7 +707,9 @@ def test_a_resumed_run_is_bit_identical_with_dropout_too(lab, monkeypatch):
             train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
     torch.manual_seed(99)
     resumed = train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
-    assert weights_file(resumed.folder) == weights_file(whole.folder) != weights_file(lab.path("sft"))
+    assert (
+        weights_file(resumed.folder) == weights_file(whole.folder) != weights_file(lab.path("sft"))
+    )
 
 
 CHILD = """
@@ -535,7 +719,7 @@ kill_at = int(sys.argv.pop(1))
 import tiny
 from accelerate import Accelerator
 from common.profiles import PROFILES
-from common.train import main
+from common.training.__main__ import main
 PROFILES["smoke"] = tiny.micro_profile()
 whole = Accelerator.save_state
 
@@ -553,14 +737,22 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_kill_9_in_the_middle_of_a_checkpoint_and_resume_is_bit_identical(lab, uninterrupted, monkeypatch, capsys):
-    """`python -m common.train dpo --checkpoint-every 1` is killed while it writes checkpoint 5, its weights half on
-    disk. `--resume` goes on from checkpoint 4, and the weights are those of a run without a break."""
+def test_kill_9_in_the_middle_of_a_checkpoint_and_resume_is_bit_identical(
+    lab, uninterrupted, monkeypatch, capsys
+):
+    """`python -m common.training dpo --checkpoint-every 1` is killed while it writes checkpoint 5,
+    its weights half on disk. `--resume` goes on from checkpoint 4, and the weights are those of a
+    run without a break.
+    """
     whole, folder = uninterrupted("dpo"), lab.path("dpo", "killed")
     arguments = ["dpo", "--profile", "smoke", "--sweep", "killed", "--checkpoint-every", "1"]
-    child = subprocess.run([sys.executable, "-c", CHILD, str(TESTS), "5", *arguments], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, str(TESTS), "5", *arguments], capture_output=True, text=True
+    )
     assert child.returncode == -signal.SIGKILL, child.stderr
-    assert (folder / "partial-checkpoint" / "model.safetensors").exists() and not (folder / "run.json").exists()
+    assert (folder / "partial-checkpoint" / "model.safetensors").exists() and not (
+        folder / "run.json"
+    ).exists()
     assert checkpoints.newest(folder).name == "checkpoint-00000004"
     monkeypatch.setitem(PROFILES, "smoke", lab.profile)
     assert train.main([*arguments, "--resume"]) == 0
@@ -572,7 +764,13 @@ def test_kill_9_in_the_middle_of_a_checkpoint_and_resume_is_bit_identical(lab, u
 def test_a_half_written_checkpoint_is_never_seen(tmp_path):
     """The newest whole one is found by number, 10 after 9, whatever else lies there."""
     assert checkpoints.newest(tmp_path / "none") is None
-    for name in ("partial-checkpoint", "checkpoint-00000009", "checkpoint-00000010", "best", ".checkpoint-00000011-x"):
+    for name in (
+        "partial-checkpoint",
+        "checkpoint-00000009",
+        "checkpoint-00000010",
+        "best",
+        ".checkpoint-00000011-x",
+    ):
         (tmp_path / name).mkdir()
     assert checkpoints.newest(tmp_path).name == "checkpoint-00000010"
 
@@ -614,7 +812,9 @@ def fill_disk(patch, at_call: int) -> None:
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint_intact(lab, uninterrupted, monkeypatch):
-    """The third checkpoint does not fit. The second is intact, the message says so, and a resumed run ends the same."""
+    """The third checkpoint does not fit. The second is intact, the message says so, and a resumed
+    run ends the same.
+    """
     whole = uninterrupted("reward")
     with monkeypatch.context() as patch:
         fill_disk(patch, at_call=3)
@@ -622,17 +822,23 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(lab, uninterrupted, m
             train_stage(lab, "reward", sweep="full", checkpoint_every=1)
     said = str(failure.value)
     assert "checkpoint of step 3 was not written" in said and "No space left on device" in said
-    assert "The one of step 2 is intact" in said and "make room or set LAB_RUNS, then resume" in said
+    assert (
+        "The one of step 2 is intact" in said and "make room or set LAB_RUNS, then resume" in said
+    )
     assert re.search(r"\d GB are free", said)
     folder = lab.path("reward", "full")
-    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == ["checkpoint-00000002"]
+    assert sorted(path.name for path in folder.iterdir() if path.is_dir()) == [
+        "checkpoint-00000002"
+    ]
     resumed = train_stage(lab, "reward", sweep="full")
     assert weights_file(resumed.folder) == weights_file(whole.folder)
 
 
 def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(lab, monkeypatch):
     fill_disk(monkeypatch, at_call=1)
-    with pytest.raises(checkpoints.CheckpointError, match="step 1 was not written.*There is none before it"):
+    with pytest.raises(
+        checkpoints.CheckpointError, match="step 1 was not written.*There is none before it"
+    ):
         train_stage(lab, "reward", sweep="full at once", checkpoint_every=1)
 
 
@@ -647,9 +853,16 @@ def test_a_new_checkpoint_replaces_the_old_one(lab, tmp_path):
     assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"} <= names
 
 
-@pytest.mark.parametrize("error", [PermissionError(errno.EACCES, "Permission denied"),
-                                   OSError(errno.EROFS, "Read-only file system")])  # fmt: skip
-def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(lab, tmp_path, monkeypatch, error):
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        OSError(errno.EROFS, "Read-only file system"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(
+    lab, tmp_path, monkeypatch, error
+):
     """Root may write anywhere, so the refusal is put in os.mkdir's mouth."""
     monkeypatch.setenv("LAB_RUNS", str(tmp_path / "locked"))
     whole = os.mkdir
@@ -664,23 +877,32 @@ def test_a_folder_that_cannot_be_written_is_named_with_what_to_do(lab, tmp_path,
         train_stage(Lab(lab.profile), "base")
 
 
-def test_a_file_where_the_run_folder_should_be_is_named_with_what_to_do(tmp_path, monkeypatch, capsys):
+def test_a_file_where_the_run_folder_should_be_is_named_with_what_to_do(
+    tmp_path, monkeypatch, capsys
+):
     (tmp_path / "taken").write_text("a file")
     monkeypatch.setenv("LAB_RUNS", str(tmp_path / "taken"))
     monkeypatch.setitem(PROFILES, "smoke", tiny.micro_profile())
     assert train.main(["base"]) == 1
-    assert "taken" in (said := capsys.readouterr().err) and "Set LAB_RUNS to a folder of your own" in said
+    assert (
+        "taken" in (said := capsys.readouterr().err)
+        and "Set LAB_RUNS to a folder of your own" in said
+    )
 
 
 def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
     """The loss of a step is of the weights before it: only the held-out loss sees the last update."""
-    monkeypatch.setattr(Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0})
+    monkeypatch.setattr(
+        Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0}
+    )
     with pytest.raises(TrainingError, match="held-out loss is not finite after step"):
         train_stage(lab, "sft", sweep="nan-at-the-end", evaluations=1, keep_best=False)
 
 
 def test_orpo_without_its_odds_ratio_term_is_sft_on_the_chosen_answers(lab):
-    """lambda 0 leaves the NLL of the chosen answer alone: with the same scope, rate and epochs, the same weights."""
+    """lambda 0 leaves the NLL of the chosen answer alone: with the same scope, rate and epochs, the
+    same weights.
+    """
     same = {"lr": 1e-3, "epochs": 1.0, "evaluations": 1}
     control = train_stage(lab, "orpo_lambda0", sweep="lambda0", **same)
     imitation = train_stage(lab, "sft_chosen", sweep="imitation", **same)
@@ -690,7 +912,9 @@ def test_orpo_without_its_odds_ratio_term_is_sft_on_the_chosen_answers(lab):
 
 
 def test_a_model_whose_parent_was_trained_again_is_not_loaded(lab, tmp_path):
-    """The weights of `dpo` belong to one `sft`; beside another one every KL and margin would be wrong."""
+    """The weights of `dpo` belong to one `sft`; beside another one every KL and margin would be
+    wrong.
+    """
     own = Lab(lab.profile)
     shutil.copytree(lab.folder, tmp_path / lab.profile.run_name)
     with pytest.MonkeyPatch.context() as patch:
@@ -700,6 +924,9 @@ def test_a_model_whose_parent_was_trained_again_is_not_loaded(lab, tmp_path):
         assert (base, sft) == (own.record("base")["fingerprint"], own.record("sft")["fingerprint"])
         assert dpo == own.record("dpo")["fingerprint"]
         train_stage(own, "sft", lr=2e-3, evaluations=1)
-        with pytest.raises(BrokenLineage, match="dpo was trained from another sft .*03-DPO_Training.*common.train dpo"):
+        with pytest.raises(
+            BrokenLineage,
+            match="dpo was trained from another sft .*03-DPO_Training.*common.training dpo",
+        ):
             own.load("dpo")
         assert own.load("sft")

@@ -17,18 +17,36 @@ from common.profiles import Recipe
 BETA = 0.3
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 PAIRS = [  # prompts and responses of very different lengths
-    {"prompt": f"{HUMAN} What is the kettle for?{ASSISTANT}", "chosen": " Boiling water.", "rejected": " No."},
-    {"prompt": f"{HUMAN} Hi{ASSISTANT}", "chosen": " Hello!", "rejected": " What a silly question, ask somebody else."},
-    {"prompt": f"{HUMAN} Hello{ASSISTANT} Yes?{HUMAN} How do I clean it?{ASSISTANT}",
-     "chosen": " With warm vinegar, because it dissolves the lime. Rinse it twice afterwards.",
-     "rejected": " ¿Qué? 水"},
-    {"prompt": f"{HUMAN} Why is that best?{ASSISTANT}", "chosen": " It is.", "rejected": " It is not."},
-]  # fmt: skip
+    {
+        "prompt": f"{HUMAN} What is the kettle for?{ASSISTANT}",
+        "chosen": " Boiling water.",
+        "rejected": " No.",
+    },
+    {
+        "prompt": f"{HUMAN} Hi{ASSISTANT}",
+        "chosen": " Hello!",
+        "rejected": " What a silly question, ask somebody else.",
+    },
+    {
+        "prompt": f"{HUMAN} Hello{ASSISTANT} Yes?{HUMAN} How do I clean it?{ASSISTANT}",
+        "chosen": " With warm vinegar, because it dissolves the lime. Rinse it twice afterwards.",
+        "rejected": " ¿Qué? 水",
+    },
+    {
+        "prompt": f"{HUMAN} Why is that best?{ASSISTANT}",
+        "chosen": " It is.",
+        "rejected": " It is not.",
+    },
+]
 LIMIT = 128
 NAMES = {  # TRL's metrics and ours
-    "rewards/chosen": "rewards_chosen", "rewards/rejected": "rewards_rejected", "rewards/margins": "margin",
-    "rewards/accuracies": "accuracy", "logps/chosen": "logps_chosen", "logps/rejected": "logps_rejected",
-}  # fmt: skip
+    "rewards/chosen": "rewards_chosen",
+    "rewards/rejected": "rewards_rejected",
+    "rewards/margins": "margin",
+    "rewards/accuracies": "accuracy",
+    "logps/chosen": "logps_chosen",
+    "logps/rejected": "logps_rejected",
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +75,18 @@ def models(tokenizer):
 def arguments(config, tmp_path, **settings):
     """Every default that would change a number is set: precision, checkpointing, length, logging."""
     return config(
-        output_dir=str(tmp_path), per_device_train_batch_size=len(PAIRS), beta=BETA, max_length=LIMIT, bf16=False,
-        gradient_checkpointing=False, report_to="none", use_cpu=True, disable_tqdm=True, learning_rate=1e-3, **settings,
-    )  # fmt: skip
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=len(PAIRS),
+        beta=BETA,
+        max_length=LIMIT,
+        bf16=False,
+        gradient_checkpointing=False,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        learning_rate=1e-3,
+        **settings,
+    )
 
 
 def dpo_trainer(tmp_path, tokenizer, models, loss_type):
@@ -67,9 +94,12 @@ def dpo_trainer(tmp_path, tokenizer, models, loss_type):
 
     policy, reference = copy.deepcopy(models)  # TRL patches the models that it is given
     return DPOTrainer(
-        model=policy, ref_model=reference, args=arguments(DPOConfig, tmp_path, loss_type=loss_type),
-        train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer,
-    )  # fmt: skip
+        model=policy,
+        ref_model=reference,
+        args=arguments(DPOConfig, tmp_path, loss_type=loss_type),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
 
 
 def backward(model, loss) -> dict[str, torch.Tensor]:
@@ -90,7 +120,9 @@ def our_dpo(models, rows, recipe):
     logps = response_logps(policy, batch)
     with torch.no_grad():
         reference_logps = response_logps(reference, batch)
-    loss, metrics = objective("dpo", recipe, logps, reference_logps, len(rows), scored_tokens(rows, recipe))
+    loss, metrics = objective(
+        "dpo", recipe, logps, reference_logps, len(rows), scored_tokens(rows, recipe)
+    )
     return loss, backward(policy, loss), metrics, logps, reference_logps
 
 
@@ -112,14 +144,23 @@ def test_dpo_log_probabilities_equal_trl(tmp_path, tokenizer, models, tokenised)
         assert_same(ours.rejected.sums, rejected, 1e-5)
 
 
-@pytest.mark.parametrize(("loss_type", "nll_weight"), [(["sigmoid"], 0.0), (["sigmoid", "sft"], 1.0)],
-                         ids=["plain", "with NLL"])  # fmt: skip
-def test_dpo_loss_and_gradients_equal_trl(tmp_path, tokenizer, models, tokenised, loss_type, nll_weight):
+@pytest.mark.parametrize(
+    ("loss_type", "nll_weight"),
+    [(["sigmoid"], 0.0), (["sigmoid", "sft"], 1.0)],
+    ids=["plain", "with NLL"],
+)
+def test_dpo_loss_and_gradients_equal_trl(
+    tmp_path, tokenizer, models, tokenised, loss_type, nll_weight
+):
     """And the metrics: rewards (beta included), margin, accuracy, log-probabilities."""
     trainer = dpo_trainer(tmp_path, tokenizer, models, loss_type)
-    theirs = trainer.compute_loss(trainer.model, trainer.data_collator(trainer.train_dataset.to_list()))
+    theirs = trainer.compute_loss(
+        trainer.model, trainer.data_collator(trainer.train_dataset.to_list())
+    )
     gradients = backward(trainer.model, theirs)
-    loss, our_gradients, metrics, _, _ = our_dpo(models, tokenised, Recipe(lr=1, beta=BETA, nll_weight=nll_weight))
+    loss, our_gradients, metrics, _, _ = our_dpo(
+        models, tokenised, Recipe(lr=1, beta=BETA, nll_weight=nll_weight)
+    )
     assert_same(loss.detach(), theirs.detach(), 1e-5)
     assert_same_gradients(our_gradients, gradients)
     logged = trainer._metrics["train"]
@@ -128,12 +169,18 @@ def test_dpo_loss_and_gradients_equal_trl(tmp_path, tokenizer, models, tokenised
 
 
 def test_orpo_loss_and_gradients_equal_trl(tmp_path, tokenizer, models, tokenised):
-    """TRL's `beta` is our lambda; its NLL covers prompt and chosen answer, averaged over the tokens of the batch."""
-    orpo = pytest.importorskip("trl.experimental.orpo", reason="this TRL has no experimental ORPO trainer any more")
+    """TRL's `beta` is our lambda; its NLL covers prompt and chosen answer, averaged over the tokens
+    of the batch.
+    """
+    orpo = pytest.importorskip(
+        "trl.experimental.orpo", reason="this TRL has no experimental ORPO trainer any more"
+    )
     trainer = orpo.ORPOTrainer(
-        model=copy.deepcopy(models[0]), args=arguments(orpo.ORPOConfig, tmp_path),
-        train_dataset=Dataset.from_list(PAIRS), processing_class=tokenizer,
-    )  # fmt: skip
+        model=copy.deepcopy(models[0]),
+        args=arguments(orpo.ORPOConfig, tmp_path),
+        train_dataset=Dataset.from_list(PAIRS),
+        processing_class=tokenizer,
+    )
     rows = trainer.train_dataset.to_list()
     for side in ("chosen", "rejected"):
         ours = [row["prompt_ids"] + row[f"{side}_ids"] for row in tokenised]
@@ -142,7 +189,9 @@ def test_orpo_loss_and_gradients_equal_trl(tmp_path, tokenizer, models, tokenise
     gradients = backward(trainer.model, theirs)
     policy, recipe = copy.deepcopy(models[0]), Recipe(lr=1, lambda_or=BETA, nll_on_prompt=True)
     logps = response_logps(policy, collate(tokenised), score_prompt=True)
-    loss, metrics = objective("orpo", recipe, logps, None, len(rows), scored_tokens(tokenised, recipe))
+    loss, metrics = objective(
+        "orpo", recipe, logps, None, len(rows), scored_tokens(tokenised, recipe)
+    )
     assert_same(loss.detach(), theirs.detach(), 1e-5)
     assert_same_gradients(backward(policy, loss), gradients)
     assert_same(logps.chosen.means.detach().mean(), logged["logps/chosen"], 1e-5)

@@ -1,4 +1,6 @@
-"""The tables of the step, scaling and GPU benchmarks, from their results files: `python tools/bench_table.py`."""
+"""The tables of the step, scaling and GPU benchmarks, from their results files: `python
+tools/bench_table.py`.
+"""
 
 import json
 import sys
@@ -13,17 +15,36 @@ PATHS = {"packed": "packed", "simple": "simple", "trl": "TRL"}
 GB = 1e9
 WORDS = {
     "en": {
-        "heads": ["profile", "method", "peak, GB: packed · simple · TRL", "predicted, GB",
-                  "tokens/s: packed · simple · TRL", "hours for the data"],
-        "missing": "not measured", "unpredicted": "not predicted", "large": "does not fit", "failed": "failed",
+        "heads": [
+            "profile",
+            "method",
+            "peak, GB: packed · simple · TRL",
+            "predicted, GB",
+            "tokens/s: packed · simple · TRL",
+            "hours for the data",
+        ],
+        "missing": "not measured",
+        "unpredicted": "not predicted",
+        "large": "does not fit",
+        "failed": "failed",
         "more": "All variants",
     },
     "zh": {
-        "heads": ["設定檔", "方法", "記憶體峰值（GB）：packed · simple · TRL", "預測（GB）",
-                  "每秒 token：packed · simple · TRL", "整份資料的小時數"],
-        "missing": "未測量", "unpredicted": "未預測", "large": "放不下", "failed": "失敗", "more": "所有做法",
+        "heads": [
+            "設定檔",
+            "方法",
+            "記憶體峰值（GB）：packed · simple · TRL",
+            "預測（GB）",
+            "每秒 token：packed · simple · TRL",
+            "整份資料的小時數",
+        ],
+        "missing": "未測量",
+        "unpredicted": "未預測",
+        "large": "放不下",
+        "failed": "失敗",
+        "more": "所有做法",
     },
-}  # fmt: skip
+}
 
 
 def table(rows: list[list[str]]) -> list[str]:
@@ -32,20 +53,27 @@ def table(rows: list[list[str]]) -> list[str]:
 
 
 def _ratios(variant: dict, rival: dict, clock: str) -> str:
-    """How many times faster than the rival: by medians, and the least and most over the repetitions."""
+    """How many times faster than the rival: by medians, and the least and most over the
+    repetitions.
+    """
     each = [theirs / mine for theirs, mine in zip(rival[clock], variant[clock], strict=True)]
     return f"{median(rival[clock]) / median(variant[clock]):.2f} ({min(each):.2f}–{max(each):.2f})"
 
 
 def _with_optimizer(variant: dict, rival: dict, clock: str) -> str:
-    mine, theirs = (median(map(sum, zip(each[clock], each[f"optimizer_{clock}"], strict=True)))
-                    for each in (variant, rival))  # fmt: skip
+    mine, theirs = (
+        median(map(sum, zip(each[clock], each[f"optimizer_{clock}"], strict=True)))
+        for each in (variant, rival)
+    )
     return f"{theirs / mine:.2f}"
 
 
 def _row(part: dict, name: str, label: str, clock: str) -> list[str]:
     variant, rival = part["variants"][name], part["variants"]["trl"]
-    memory, rival_memory = variant.get("memory"), rival.get("memory")  # of the variants that it was measured for
+    memory, rival_memory = (
+        variant.get("memory"),
+        rival.get("memory"),
+    )  # of the variants that it was measured for
     steps = [median(variant[which]) / variant["steps"] for which in ("cpu", "wall")]
     speeds = [_ratios(variant, rival, clock), _with_optimizer(variant, rival, clock)]
     cells = [label, *(f"{step:.2f}" for step in steps), *speeds]
@@ -57,19 +85,32 @@ def _row(part: dict, name: str, label: str, clock: str) -> list[str]:
         cells.append(f"{mine / GB:.2f} GB" + ("" if name == "trl" else f" ({mine / theirs:.2f}×)"))
     share = variant["flops"] / median(variant[clock]) / max(part["matmul_speed"])
     errors = variant["errors"]
-    return [*cells, f"{variant['flops'] / 1e9 / variant['steps']:.0f}", f"{share:.0%}",
-            f"{errors['float64']['gradient']:.0e}", f"{errors['float32']['gradient']:.0e}"]  # fmt: skip
+    return [
+        *cells,
+        f"{variant['flops'] / 1e9 / variant['steps']:.0f}",
+        f"{share:.0%}",
+        f"{errors['float64']['gradient']:.0e}",
+        f"{errors['float32']['gradient']:.0e}",
+    ]
 
 
 def default_allocator_line(part: dict) -> list[str]:
     """What packed and TRL take where glibc keeps freed blocks, if it was measured."""
-    kept = [part["variants"][name].get("memory", {}).get("default_allocator") for name in ("packed", "trl")]
+    kept = [
+        part["variants"][name].get("memory", {}).get("default_allocator")
+        for name in ("packed", "trl")
+    ]
     if None in kept:
         return []
-    peaks, growths = ([median(memory[f"{what}_bytes"]) / GB for memory in kept] for what in ("peak", "growth"))
-    return ["", "With glibc as it is, which keeps freed blocks: packed peaks at "
-            f"{peaks[0]:.2f} GB ({peaks[0] / peaks[1]:.2f}× TRL's), growth {growths[0]:.2f} GB "
-            f"({growths[0] / growths[1]:.2f}×)."]  # fmt: skip
+    peaks, growths = (
+        [median(memory[f"{what}_bytes"]) / GB for memory in kept] for what in ("peak", "growth")
+    )
+    return [
+        "",
+        "With glibc as it is, which keeps freed blocks: packed peaks at "
+        f"{peaks[0]:.2f} GB ({peaks[0] / peaks[1]:.2f}× TRL's), growth {growths[0]:.2f} GB "
+        f"({growths[0] / growths[1]:.2f}×).",
+    ]
 
 
 def verdicts(bars: list[dict]) -> list[str]:
@@ -91,7 +132,9 @@ def machine_line(results: dict) -> str:
 
 
 def step_markdown(results: dict) -> str:
-    """The comparison as Markdown: one table per model and method, then the bars. Everything is from the results."""
+    """The comparison as Markdown: one table per model and method, then the bars. Everything is from
+    the results.
+    """
     clock = results["clock"]
     lines = [
         f"{machine_line(results)} Device {results['device']}, {results['threads']} thread, "
@@ -108,11 +151,30 @@ def step_markdown(results: dict) -> str:
     ]
     for size in results["sizes"].values():
         for method, part in size["methods"].items():
-            heads = ["", "CPU s per step", "wall s", "speed over TRL", "with AdamW", "peak", "growth", "GFLOP per step",
-                     "of matmul peak", "error, float64", "error, float32"]  # fmt: skip
-            rows = [_row(part, name, variant["label"], clock) for name, variant in part["variants"].items()]
+            heads = [
+                "",
+                "CPU s per step",
+                "wall s",
+                "speed over TRL",
+                "with AdamW",
+                "peak",
+                "growth",
+                "GFLOP per step",
+                "of matmul peak",
+                "error, float64",
+                "error, float32",
+            ]
+            rows = [
+                _row(part, name, variant["label"], clock)
+                for name, variant in part["variants"].items()
+            ]
             title = f"**{METHODS[method]}, {size['name']}**, vocabulary {size['vocabulary']}, batch {size['batch']}"
-            lines += ["", f"{title}, {size['pairs']} pairs per repetition:", "", *table([heads, *rows])]
+            lines += [
+                "",
+                f"{title}, {size['pairs']} pairs per repetition:",
+                "",
+                *table([heads, *rows]),
+            ]
             lines += default_allocator_line(part)
     lines += ["", *[f"Not run: {reason}." for reason in results["not_run"]]]
     if results["bars"]:
@@ -125,19 +187,27 @@ def step_summary(results: dict | None, language: str = "en") -> str:
     words = WORDS[language]
     if results is None:
         return f"{words['missing']}\n"
-    lines = [*verdicts(results["bars"]), "", f"{machine_line(results)} [{words['more']}](benchmarks/results/step.md)."]
+    lines = [
+        *verdicts(results["bars"]),
+        "",
+        f"{machine_line(results)} [{words['more']}](benchmarks/results/step.md).",
+    ]
     return "\n".join(lines) + "\n"
 
 
 def scaling_markdown(results: dict) -> str:
     """Fitted exponents of time and memory, by variant and axis, and the bars."""
     axes, names = results["axes"], ("textbook", "simple", "packed")
-    heads = [f"{axis} ({min(found['values'])}–{max(found['values'])})" for axis, found in axes.items()]
+    heads = [
+        f"{axis} ({min(found['values'])}–{max(found['values'])})" for axis, found in axes.items()
+    ]
     rows = [["exponent of", *heads]]
     for what, fitted in (("time", "time_exponent"), ("memory", "memory_exponent")):
         for name in names:
             values = [found[name].get(fitted) for found in axes.values()]
-            rows.append([f"{what}, {name}", *("–" if value is None else f"{value:.2f}" for value in values)])
+            rows.append(
+                [f"{what}, {name}", *("–" if value is None else f"{value:.2f}" for value in values)]
+            )
     return "\n".join([*table(rows), "", *verdicts(results["bars"])]) + "\n"
 
 
@@ -151,10 +221,19 @@ def _gpu_cell(part: dict, words: dict, value) -> str:
 def _gpu_row(method: dict, words: dict) -> list[str]:
     """Peaks and speeds of all paths; prediction and hours of the recipe's own."""
     paths, own = [method["paths"][path] for path in PATHS], method["paths"][method["path"]]
-    peaks = [_gpu_cell(part, words, lambda part: f"{part['peak_bytes'] / GB:.2f}") for part in paths]
-    speeds = [_gpu_cell(part, words, lambda part: f"{part['tokens_per_second']['sample']:.0f}") for part in paths]
-    hours = _gpu_cell(own, words, lambda part: f"{method['steps'] * part['step_seconds']['sample'] / 3600:.1f}")
-    predicted = f"{own['predicted_bytes'] / GB:.2f}" if own.get("predicted_bytes") else words["unpredicted"]
+    peaks = [
+        _gpu_cell(part, words, lambda part: f"{part['peak_bytes'] / GB:.2f}") for part in paths
+    ]
+    speeds = [
+        _gpu_cell(part, words, lambda part: f"{part['tokens_per_second']['sample']:.0f}")
+        for part in paths
+    ]
+    hours = _gpu_cell(
+        own, words, lambda part: f"{method['steps'] * part['step_seconds']['sample'] / 3600:.1f}"
+    )
+    predicted = (
+        f"{own['predicted_bytes'] / GB:.2f}" if own.get("predicted_bytes") else words["unpredicted"]
+    )
     return [" · ".join(peaks), predicted, " · ".join(speeds), hours]
 
 
@@ -175,7 +254,11 @@ def _failures(results: dict) -> list[str]:
     for name, profile in results["profiles"].items():
         for method, each in profile["methods"].items():
             for path, part in each["paths"].items():
-                why = part.get("failed") or part["out_of_memory"] and f"out of memory: {part['out_of_memory']}"
+                why = (
+                    part.get("failed")
+                    or part["out_of_memory"]
+                    and f"out of memory: {part['out_of_memory']}"
+                )
                 taken = part.get("path", path)
                 why = why or taken != path and f"stepped aside, the {taken} path was taken"
                 lines += [f"- `{name}`, {METHODS[method]}, {PATHS[path]}: {why}."] if why else []
@@ -186,7 +269,9 @@ def gpu_markdown(results: dict | None, language: str = "en") -> str:
     """The table and, where there are results, what they were measured on and the bars."""
     lines = gpu_rows(results, language)
     if results:
-        pairs = ", ".join(f"`{name}` {profile['pairs']:,}" for name, profile in results["profiles"].items())
+        pairs = ", ".join(
+            f"`{name}` {profile['pairs']:,}" for name, profile in results["profiles"].items()
+        )
         lines += [
             "",
             f"{machine_line(results)} {results['gpu']}; {results['precision']}; torch's memory capped at "
@@ -207,7 +292,11 @@ def read(name: str) -> dict | None:
 
 
 def main() -> int:
-    for name, markdown in (("step", step_markdown), ("scaling", scaling_markdown), ("gpu", gpu_markdown)):
+    for name, markdown in (
+        ("step", step_markdown),
+        ("scaling", scaling_markdown),
+        ("gpu", gpu_markdown),
+    ):
         results = read(name)
         print(markdown(results) if results else f"{name}: not measured\n")
     return 0

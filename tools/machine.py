@@ -21,5 +21,8 @@ def describe_machine() -> dict:
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "gpu": nvidia_gpus(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in packages},
+        },
     }

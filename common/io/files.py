@@ -1,0 +1,70 @@
+"""Files and folders that are written whole or not at all, and JSON lines."""
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+
+@contextmanager
+def written_whole(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its place in one rename, or never: no half-written
+    file or folder.
+
+    Raises: OSError with what to do when the disk is full or the folder cannot be written; `target`
+        is then untouched.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"Cannot write in {target.parent} ({error.strerror}). Set LAB_RUNS to a folder of your own.",
+        ) from error
+    try:
+        yield scratch / target.name
+        for path in (scratch / target.name, *(scratch / target.name).rglob("*")):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        if target.is_dir():
+            os.replace(target, scratch / "old")
+        os.replace(scratch / target.name, target)
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(
+                errno.ENOSPC,
+                f"The disk is full: {target} was not written, and what was there before is intact. "
+                "Free some space (old runs are in the runs folder) and run again; training resumes.",
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def write_json(path: Path, value) -> None:
+    """Writes JSON whole or not at all. NaN is refused (ValueError): no report holds one."""
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    """Writes JSON lines whole or not at all."""
+    with written_whole(path) as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def read_metrics(folder: Path) -> list[dict]:
+    """`metrics.jsonl` in `folder`, one dict per step; [] if there is none. A line that a kill cut
+    off is left out.
+    """
+    path = folder / "metrics.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

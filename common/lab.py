@@ -1,0 +1,305 @@
+"""The run folder: where artifacts are, what they came from, and loading them with an error that
+helps.
+
+The only module that knows which notebook makes which stage.
+"""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+
+from common import models
+from common.data import (
+    CleaningReport,
+    LabData,
+    load_lab_data,
+    tokenize_demonstrations,
+    tokenize_pairs,
+    tokenize_texts,
+)
+from common.io.files import read_metrics, write_json
+from common.io.fingerprints import digest, source_digest, versions
+from common.profiles import TINY, WORLD, Profile, device_and_precision, get_profile
+
+DPO_LAB, ORPO_LAB = "Lab-1.7-DPO_Alignment", "Lab-1.8-ORPO_Alignment"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the lineage: which model it starts from, what it learns from, which notebook
+    makes it.
+    """
+
+    parent: str | None
+    method: str  # "lm", "sft", "dpo", "orpo" or "reward"
+    rows: str  # "texts", "demonstrations" or "pairs"
+    notebook: str
+
+
+STAGES = {
+    "base": Stage(None, "lm", "texts", f"{DPO_LAB}/02-SFT_Baseline.ipynb"),
+    "sft": Stage("base", "sft", "demonstrations", f"{DPO_LAB}/02-SFT_Baseline.ipynb"),
+    "dpo_plain": Stage("sft", "dpo", "pairs", f"{DPO_LAB}/03-DPO_Training.ipynb"),
+    "dpo": Stage("sft", "dpo", "pairs", f"{DPO_LAB}/03-DPO_Training.ipynb"),
+    "sft_chosen": Stage("base", "sft", "pairs", f"{DPO_LAB}/04-Evaluation_and_Compare.ipynb"),
+    "reward": Stage("sft", "reward", "pairs", f"{DPO_LAB}/04-Evaluation_and_Compare.ipynb"),
+    "orpo": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
+    "orpo_lambda0": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
+}
+
+
+class MissingRun(FileNotFoundError):
+    """A stage that was not trained yet. The message names the notebook and the command that make
+    it.
+    """
+
+
+class BrokenLineage(RuntimeError):
+    """A stage whose parent or reference was trained again since: the two no longer belong together."""
+
+
+def stage_of(name: str) -> Stage:
+    """The stage called `name`; a LoRA variant (`dpo_lora`) is the stage itself, trained through
+    adapters.
+
+    Raises: ValueError for an unknown stage.
+    """
+    if name.removesuffix("_lora") not in STAGES:
+        raise ValueError(
+            f"Unknown stage {name!r}. Choose one of: {', '.join(STAGES)} (or one of them with _lora)."
+        )
+    return STAGES[name.removesuffix("_lora")]
+
+
+@dataclass
+class Lab:
+    """What a notebook works with: the profile, the seed, and lazily its data, tokenizer and trained
+    stages.
+    """
+
+    profile: Profile
+    seed: int = 0
+
+    @property
+    def folder(self) -> Path:
+        """The run folder of this profile and seed."""
+        return self.profile.folder / f"seed-{self.seed}" if self.seed else self.profile.folder
+
+    @cached_property
+    def data(self) -> LabData:
+        return load_lab_data(self.profile, self.seed)
+
+    @cached_property
+    def tokenizer(self):
+        if not models.is_tiny(self.profile):
+            return models.load_tokenizer(self.profile.model)
+        texts = [
+            *self.data.texts,
+            *(row["prompt"] + row["chosen"] for row in self.data.demonstrations),
+        ]
+        return models.train_tokenizer(texts, self.profile.vocabulary)
+
+    @cached_property
+    def train_pairs(self) -> Dataset:
+        """Tokenised training pairs; the report of dropped and cut rows is in `data.reports["train
+        tokens"]`.
+        """
+        return self._tokenize(tokenize_pairs, self.data.train, "train tokens")
+
+    @cached_property
+    def test_pairs(self) -> Dataset:
+        """Tokenised held-out pairs."""
+        return self._tokenize(tokenize_pairs, self.data.test, "test tokens")
+
+    @cached_property
+    def demonstrations(self) -> Dataset:
+        """Tokenised demonstrations for SFT."""
+        return self._tokenize(
+            tokenize_demonstrations, self.data.demonstrations, "demonstration tokens"
+        )
+
+    @cached_property
+    def texts(self) -> Dataset:
+        """Tokenised plain text for the base model."""
+        return tokenize_texts(self.data.texts, self.tokenizer, self.profile.max_length)
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """Held-out prompts that leave room for a whole answer; the others are counted in
+        `data.reports["prompts"]`.
+        """
+        room = self.profile.max_length - self.profile.max_new_tokens
+        lengths = [len(ids) for ids in self.tokenizer(self.data.prompts)["input_ids"]]
+        kept = [
+            prompt
+            for prompt, length in zip(self.data.prompts, lengths, strict=True)
+            if length <= room
+        ]
+        if not kept:
+            raise ValueError(
+                f"No held-out prompt is within {room} tokens: raise max_length or use shorter prompts."
+            )
+        report = self.data.reports["prompts"] = CleaningReport(
+            "held-out prompts", rows=len(lengths)
+        )
+        report.dropped[f"longer than {room} tokens: no room for an answer"] = len(lengths) - len(
+            kept
+        )
+        return kept
+
+    def _tokenize(self, tokenize, rows, name: str) -> Dataset:
+        rows, self.data.reports[name] = tokenize(rows, self.tokenizer, self.profile.max_length)
+        return rows
+
+    def path(self, stage: str, sweep: str | None = None) -> Path:
+        """The folder of a stage, or of a run in a sweep (`sweeps/<name>/`)."""
+        stage_of(stage)
+        return self.folder / "sweeps" / sweep if sweep else self.folder / stage
+
+    def train_command(self, stage: str) -> str:
+        """How to train a stage outside a notebook."""
+        seed = f" --seed {self.seed}" if self.seed else ""
+        return f"python -m common.training {stage} --profile {self.profile.name}{seed}"
+
+    def record(self, stage: str, sweep: str | None = None) -> dict:
+        """`run.json` of a finished run. Raises: MissingRun."""
+        path = self.path(stage, sweep) / "run.json"
+        if not path.exists():
+            raise MissingRun(
+                f"No finished run of stage {stage!r} in {path.parent}. "
+                f"Run the notebook {stage_of(stage).notebook} first, or: {self.train_command(stage)}"
+            )
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    def metrics(self, stage: str, sweep: str | None = None) -> list[dict]:
+        """`metrics.jsonl` of a finished run, one dict per logged step. Raises: MissingRun."""
+        self.record(stage, sweep)
+        return read_metrics(self.path(stage, sweep))
+
+    def has_own_weights(self, stage: str) -> bool:
+        """False for the base of a pre-trained profile, which is the hub's model itself."""
+        return stage != "base" or models.is_tiny(self.profile)
+
+    def pretrained_fingerprint(self) -> str:
+        """Of the model that LAB_MODEL or the profile names: its hub id, or the names, sizes and
+        times of its files.
+        """
+        files = sorted(path for path in Path(self.profile.model).glob("*") if path.is_file())
+        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+        return digest([self.profile.model, stats])
+
+    def source(self, stage: str, sweep: str | None = None) -> str:
+        """Where `load` finds the weights: a run folder or a hub id. Raises: MissingRun."""
+        if not self.has_own_weights(stage):
+            return self.profile.model
+        self.record(stage, sweep)
+        return str(self.path(stage, sweep))
+
+    def fingerprint_of(self, stage: str) -> str:
+        """Of a finished stage; of the pre-trained model where that is the base. Raises: MissingRun."""
+        return (
+            self.record(stage)["fingerprint"]
+            if self.has_own_weights(stage)
+            else self.pretrained_fingerprint()
+        )
+
+    def tokenizer_digest(self) -> str:
+        """Fingerprint of the vocabulary."""
+        return digest(self.tokenizer.get_vocab())
+
+    def lineage(self, stage: str, sweep: str | None = None) -> list[str]:
+        """Fingerprints from the base to a finished run, the base first.
+
+        Raises: MissingRun; BrokenLineage where the parent or the reference is no longer the one it
+            was trained with.
+        """
+        if not self.has_own_weights(stage):
+            return [self.pretrained_fingerprint()]
+        record = self.record(stage, sweep)
+        for role in ("parent", "reference"):
+            name = record[role]
+            if name and record["fingerprint_parts"][role] != self.fingerprint_of(name):
+                raise BrokenLineage(
+                    f"{sweep or stage} was trained from another {name} ({role}) than the one that is here now. Run the "
+                    f"notebook {stage_of(stage).notebook} again, or: {self.train_command(stage)}"
+                )
+        return [
+            *(self.lineage(record["parent"]) if record["parent"] else []),
+            record["fingerprint"],
+        ]
+
+    def load(self, stage: str, sweep: str | None = None, device: str | None = None):
+        """The model of a finished stage, in evaluation mode, on this machine's device or another
+        one.
+
+        Raises: MissingRun, BrokenLineage, models.ModelError.
+        """
+        self.lineage(stage, sweep)
+        reward = stage_of(stage).method == "reward"
+        return models.load_model(self.source(stage, sweep), self.profile, reward, device).eval()
+
+    def save_report(self, name: str, report: dict) -> Path:
+        """Writes `<run folder>/<name>.json`, whole or not at all."""
+        path = self.folder / f"{name}.json"
+        write_json(path, report)
+        return path
+
+    def fingerprint_parts(
+        self, stage: str, recipe, rows: list, parent: str | None, reference: str | None
+    ) -> dict:
+        """Everything that decides the weights of a run, named, so that a stale run can say what
+        changed.
+        """
+        without = (
+            "recipes",
+            "sources",
+            "reason",
+            "overrides",
+            "samples",
+            "sweep_epochs",
+            "eval_batch",
+            "seeds",
+            "flaw_rates",
+        )
+        profile = {
+            name: value for name, value in asdict(self.profile).items() if name not in without
+        }
+        return {
+            "stage": stage,
+            "settings": digest([asdict(recipe), profile]),
+            "seed": self.seed,
+            "data": digest([rows, self.test_pairs.to_list()]),
+            "tokenizer": self.tokenizer_digest(),
+            "parent": parent,
+            "reference": reference,
+            "device": device_and_precision()[:2],
+            "versions": versions(),
+            "source": source_digest(),
+        }
+
+
+def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
+    """Opens the lab and prints which profile, device, precision and seed are used, and why.
+
+    Raises: ValueError for an unknown profile.
+    """
+    chosen = get_profile(profile)
+    seed = int(os.environ.get("LAB_SEED") or 0) if seed is None else seed
+    device, dtype, why = device_and_precision()
+    if (chosen.model, chosen.data, device) == (
+        TINY,
+        WORLD,
+        "cpu",
+    ) and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(
+            1
+        )  # so small a model gains nothing from more, and loses much where cores are shared
+    print(f"profile   {chosen.run_name} ({chosen.reason})")
+    print(f"device    {device}, {dtype} ({why})")
+    print(f"model     {chosen.model}\ndata      {Path(chosen.data).name}\nseed      {seed}")
+    return Lab(chosen, seed)

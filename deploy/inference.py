@@ -1,0 +1,172 @@
+"""How fast a model answers: KV cache, batch sizes, continuous batching, streaming. All of it
+measured, in seconds.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from statistics import mean
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One way to generate, measured. Latencies are of one whole batch; times in seconds."""
+
+    batch: int
+    tokens_per_second: float  # new tokens of all rows
+    first_token_p50: float
+    latency_p50: float
+    latency_p95: float
+    runs: int
+
+    def as_dict(self) -> dict:
+        return asdict(self)
+
+
+class Stopwatch(BaseStreamer):
+    """Notes when each new token of a batch arrives."""
+
+    def __init__(self):
+        self.times, self.prompt_seen = [], False
+
+    def put(self, value) -> None:
+        if self.prompt_seen:  # the first call holds the prompts themselves
+            self.times.append(time.perf_counter())
+        self.prompt_seen = True
+
+    def end(self) -> None:
+        pass
+
+
+def left_padded(tokenizer, prompts: list[str], device) -> dict[str, torch.Tensor]:
+    """input_ids and attention_mask of prompts that all end in the last column."""
+    rows = tokenizer(prompts)["input_ids"]
+    longest, end = max(map(len, rows)), tokenizer.eos_token_id
+    ids = torch.tensor([[end] * (longest - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor(
+        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
+    )
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def speed(
+    model,
+    tokenizer,
+    prompts: list[str],
+    new_tokens: int,
+    batch: int = 1,
+    use_cache: bool = True,
+    runs: int = 5,
+) -> Speed:
+    """Measures greedy generation of exactly `new_tokens` per row (EOS is ignored): every setting
+    does equal work.
+
+    Args: `prompts`: taken in turn, `batch` to a run. A first run warms up and is not counted. With
+        fewer than 20 runs the 95th percentile is close to the slowest one.
+    Raises: ValueError for no run, or where prompts and new tokens exceed the context.
+    """
+    context = getattr(model.config, "max_position_embeddings", None) or 10**9
+    if runs < 1 or max(map(len, tokenizer(prompts)["input_ids"])) + new_tokens > context:
+        raise ValueError(
+            f"At least one run is needed, and prompts with {new_tokens} new tokens within {context}."
+        )
+    firsts, latencies = [], []
+    for run in range(runs + 1):
+        chosen = [prompts[(run * batch + i) % len(prompts)] for i in range(batch)]
+        inputs, watch = left_padded(tokenizer, chosen, model.device), Stopwatch()
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.generate(
+                **inputs,
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=False,
+                use_cache=use_cache,
+                pad_token_id=tokenizer.eos_token_id,
+                streamer=watch,
+            )
+        if run:
+            latencies.append(time.perf_counter() - start)
+            firsts.append(watch.times[0] - start)
+    p50, p95 = np.quantile(latencies, (0.5, 0.95))
+    rate = batch * new_tokens / mean(latencies)
+    return Speed(batch, rate, float(np.median(firsts)), float(p50), float(p95), runs)
+
+
+def forward_tokens(prompt: int, new: int, use_cache: bool) -> int:
+    """Tokens that pass through the model for one answer: with the cache each once, without it all
+    again each step.
+    """
+    return prompt + new - 1 if use_cache else sum(prompt + step for step in range(new))
+
+
+def kv_cache_bytes(config, tokens: int, bytes_per_value: int = 4) -> int:
+    """Memory of the keys and values of `tokens` tokens of one row."""
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * width * tokens * bytes_per_value
+
+
+@torch.no_grad()
+def static_batches(
+    model, tokenizer, prompts: list[str], new_tokens: int, batch: int
+) -> tuple[list[list[int]], float]:
+    """(greedy answers with EOS, seconds): batches of fixed rows, each as slow as its longest
+    answer.
+    """
+    answers, end, start = [], tokenizer.eos_token_id, time.perf_counter()
+    for at in range(0, len(prompts), batch):
+        inputs = left_padded(tokenizer, prompts[at : at + batch], model.device)
+        out = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end
+        )
+        new = out[:, inputs["input_ids"].shape[1] :].tolist()
+        answers += [row[: row.index(end) + 1] if end in row else row for row in new]
+    return answers, time.perf_counter() - start
+
+
+def continuous_batches(
+    model, tokenizer, prompts: list[str], new_tokens: int, rows: int = 64
+) -> tuple[list[list[int]], float]:
+    """(greedy answers with EOS, seconds) by transformers' continuous batching: a finished row frees
+    its place at once.
+
+    Args: `rows`: at most so many at a time. On a CPU the memory of the paged cache is bounded here:
+        left alone it would take most of what the machine has.
+    Raises: RuntimeError where a request failed.
+    """
+    from transformers import ContinuousBatchingConfig
+
+    end, ids = tokenizer.eos_token_id, tokenizer(prompts)["input_ids"]
+    settings = GenerationConfig(
+        max_new_tokens=new_tokens,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    pages = -(-(max(map(len, ids)) + new_tokens) // 32)
+    sizes = {} if model.device.type == "cuda" else {"page_size": 32, "num_blocks": pages * rows}
+    config = ContinuousBatchingConfig(max_batch_tokens=256, max_requests_per_batch=rows, **sizes)
+    start = time.perf_counter()
+    done = model.generate_batch(
+        ids, generation_config=settings, continuous_batching_config=config, warmup=False
+    )
+    seconds = time.perf_counter() - start
+    if len(done) < len(ids) or any(answer.error for answer in done.values()):
+        raise RuntimeError(
+            f"Continuous batching answered {len(done)} of {len(ids)} prompts, or failed on some."
+        )
+    numbered = sorted(done.items(), key=lambda item: int(item[0].rsplit("_", 1)[1]))
+    return [list(answer.generated_tokens) for _, answer in numbered], seconds
+
+
+def percentiles(seconds: list[float]) -> dict[str, float]:
+    """p50 and p95 of latencies, in seconds. Raises: ValueError for none."""
+    if not seconds:
+        raise ValueError("No latency was measured.")
+    p50, p95 = np.quantile(seconds, (0.5, 0.95))
+    return {"p50": float(p50), "p95": float(p95), "requests": len(seconds)}

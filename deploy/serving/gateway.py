@@ -1,0 +1,244 @@
+"""What one gateway knows and does: who may ask, which model answers, what is counted and kept. It
+holds no model.
+"""
+
+import asyncio
+import logging
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from fastapi import Request
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+
+from deploy.serving import chat
+from deploy.serving.engine import Engine
+from deploy.serving.limits import Limits, RateLimit, Refusal, caller, check_host
+from deploy.serving.store import Store, StoreError, choose_arm
+
+log = logging.getLogger("deploy.serving")
+disable_created_metrics()
+AUTO = "auto"  # the model name that leaves the choice to the A/B test
+CLIENT_GONE = 499  # the status kept for a request whose client hung up
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+FORGET_EVERY = 3600  # seconds
+
+
+class Metrics:
+    """What `/metrics` shows. Labels hold names of models and statuses, never a prompt or a user."""
+
+    def __init__(self, engines: dict[str, Engine]):
+        self.registry = CollectorRegistry()
+        own = {"registry": self.registry}
+        self.requests = Counter(
+            "gateway_requests", "Answered requests", ["path", "model", "status"], **own
+        )
+        self.seconds = Histogram(
+            "gateway_seconds", "Seconds to a whole answer", ["model"], buckets=SECONDS, **own
+        )
+        self.first = Histogram(
+            "gateway_first_token_seconds", "To the first token", ["model"], buckets=SECONDS, **own
+        )
+        self.tokens = Counter("gateway_tokens", "Tokens", ["model", "kind"], **own)
+        self.feedback = Counter(
+            "gateway_feedback", "Feedback that was kept", ["model", "rating"], **own
+        )
+        self.lost = Counter("gateway_records_lost", "Requests that the store could not keep", **own)
+        self.running = Gauge("gateway_running", "Requests at the engine now", ["model"], **own)
+        self.waiting = Gauge("gateway_waiting", "Requests that wait for a place", ["model"], **own)
+        self.restarts = Gauge(
+            "gateway_engine_restarts", "How often the engine was started again", ["model"], **own
+        )
+        self.up = Gauge("gateway_engine_ready", "1 while the engine answers", ["model"], **own)
+        for name, engine in engines.items():
+            self.running.labels(name).set_function(lambda engine=engine: engine.slots.running)
+            self.waiting.labels(name).set_function(lambda engine=engine: engine.slots.waiting)
+            self.restarts.labels(name).set_function(lambda engine=engine: engine.restarts)
+            self.up.labels(name).set_function(lambda engine=engine: engine.ready.is_set())
+
+
+@dataclass
+class Gateway:
+    """All that one gateway knows. `weights` are the shares of the A/B test, by model."""
+
+    engines: dict[str, Engine]
+    weights: dict[str, float]
+    store: Store
+    keys: dict[bytes, str] = field(default_factory=dict)
+    limits: Limits = field(default_factory=Limits)
+    experiment: str = "default"
+    retention_days: float = 30.0
+    log_prompts: bool = False
+
+    def __post_init__(self):
+        self.rate, self.metrics = RateLimit(self.limits.requests_per_minute), Metrics(self.engines)
+        self.started = int(time.time())
+
+    def admit(self, request: Request, counted: bool = True) -> str:
+        """The caller's name. Raises: Refusal 401 (key), 403 (host), 429 (rate)."""
+        if not self.keys:
+            check_host(request.headers.get("host"))
+        name = caller(self.keys, request.headers.get("authorization"))
+        if counted:
+            self.rate.take(name)
+        return name
+
+    def assign(self, wanted: str | None, user: str | None) -> tuple[str, bool]:
+        """(model, by the A/B test?). A user always gets the same one; without a user id chance
+        decides each time.
+
+        Raises: Refusal (404) for an unknown model.
+        """
+        if wanted in (None, AUTO):
+            return choose_arm(user or random.randbytes(16).hex(), self.weights), True
+        if wanted not in self.engines:
+            names = ", ".join([*self.engines, AUTO])
+            raise Refusal(
+                404,
+                "model_not_found",
+                f"No model {wanted[:80]!r} here. Choose one of: {names}.",
+                "model",
+            )
+        return wanted, False
+
+    async def forget(self) -> None:
+        """Removes old texts now and every hour, until cancelled."""
+        while True:
+            try:
+                await asyncio.wrap_future(self.store.forget(self.retention_days))
+            except StoreError as error:
+                log.warning("old texts were not removed: %s", error)
+            await asyncio.sleep(FORGET_EVERY)
+
+
+@dataclass
+class Exchange:
+    """One chat request on its way: what came, what was decided, what was answered so far."""
+
+    gateway: Gateway
+    request: chat.ChatRequest
+    caller: str
+    model: str
+    assigned: bool
+    user: str | None
+    started: float  # time.monotonic()
+    status: int = 200
+    text: list[str] = field(default_factory=list)
+    reason: str | None = None
+    usage: dict = field(
+        default_factory=lambda: {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+    )
+    first_token_seconds: float | None = None
+
+    def __post_init__(self):
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", time.time()
+        assigned = str(self.assigned).lower()
+        self.headers = {
+            "x-request-id": self.id,
+            "x-lab-model": self.model,
+            "x-lab-assigned": assigned,
+        }
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """The answer's text, piece by piece. The exchange is recorded before this ends, however it
+        ends.
+        """
+        engine, deadline = (
+            self.gateway.engines[self.model],
+            self.started + self.gateway.limits.timeout,
+        )
+        written = None
+        try:
+            tokens = engine.room(self.request)
+            async with aclosing(engine.answer(self.request, tokens, deadline)) as answer:
+                async for piece in answer:
+                    if "text" in piece:
+                        if self.first_token_seconds is None:
+                            self.first_token_seconds = time.monotonic() - self.started
+                        self.text.append(piece["text"])
+                        yield piece["text"]
+                    else:
+                        self.reason, self.usage = piece["reason"], piece["usage"] or self.usage
+            written = self.record()
+        except Refusal as refusal:
+            self.status = refusal.status
+            raise
+        except (asyncio.CancelledError, GeneratorExit):
+            self.status = CLIENT_GONE
+            raise
+        except Exception:
+            self.status = 500
+            raise
+        finally:
+            if written is None:
+                self.record()
+        await written  # feedback on this answer may come at once: the store must know it by then
+
+    def record(self) -> asyncio.Future:
+        """Counts the exchange and hands it to the store. A store that fails loses the record, never
+        the answer.
+        """
+        metrics, seconds = self.gateway.metrics, time.monotonic() - self.started
+        metrics.requests.labels("chat", self.model, str(self.status)).inc()
+        if self.status == 200:
+            metrics.seconds.labels(self.model).observe(seconds)
+            metrics.first.labels(self.model).observe(self.first_token_seconds or seconds)
+        for kind in ("prompt", "completion"):
+            metrics.tokens.labels(self.model, kind).inc(self.usage.get(f"{kind}_tokens") or 0)
+        log.info("%s %s %s %d %.3f s", self.id, self.caller, self.model, self.status, seconds)
+        if self.gateway.log_prompts:
+            log.info("%s %r -> %r", self.id, self.request.messages, "".join(self.text))
+        done = asyncio.get_running_loop().create_future()
+        if self.status == 429:  # keeps the store from growing under a flood
+            done.set_result(None)
+            return done
+        future = self.gateway.store.add_request(
+            id=self.id,
+            created=self.created,
+            caller=self.caller,
+            user=self.user,
+            model=self.model,
+            experiment=self.gateway.experiment,
+            assigned=int(self.assigned),
+            status=self.status,
+            messages=self.request.messages,
+            answer="".join(self.text),
+            finish_reason=self.reason,
+            prompt_tokens=self.usage.get("prompt_tokens"),
+            completion_tokens=self.usage.get("completion_tokens"),
+            seconds=seconds,
+            first_token_seconds=self.first_token_seconds,
+        )
+        wrapped = asyncio.wrap_future(future)
+        wrapped.add_done_callback(lambda kept: self._kept(kept, done))
+        return done
+
+    def _kept(self, kept: asyncio.Future, done: asyncio.Future) -> None:
+        if not kept.cancelled() and (error := kept.exception()):
+            self.gateway.metrics.lost.inc()
+            log.error("%s was answered but not recorded: %s", self.id, error)
+        if not done.done():
+            done.set_result(None)
+
+    async def whole(self) -> dict:
+        """The answer in one piece."""
+        async with aclosing(self.pieces()) as pieces:
+            text = "".join([piece async for piece in pieces])
+        return chat.completion(self.id, self.model, text, self.reason, self.usage)
+
+    async def events(self, pieces: AsyncIterator[str], first: str | None) -> AsyncIterator[bytes]:
+        """The answer as server-sent events, from its first piece on. A failure on the way is an
+        event too.
+        """
+        head = self.id, self.model, int(self.created)
+        try:
+            yield chat.chunk(*head, {"role": "assistant", "content": first or ""})
+            async for piece in pieces:
+                yield chat.chunk(*head, {"content": piece})
+            usage = chat.usage_chunk(*head, self.usage) if self.request.include_usage else b""
+            yield chat.chunk(*head, {}, self.reason) + usage + b"data: [DONE]\n\n"
+        except Refusal as refusal:
+            yield chat.event(refusal.body)

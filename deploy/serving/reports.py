@@ -1,0 +1,105 @@
+"""Reads the store back while the gateway runs: counts per arm of an A/B test, and feedback as
+preference pairs.
+"""
+
+import json
+import sqlite3
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from statistics import mean, quantiles
+
+from deploy.serving.prompts import prompt_text
+
+LATEST = "SELECT * FROM feedback WHERE id IN (SELECT MAX(id) FROM feedback GROUP BY request_id)"
+
+
+def rows(path: Path, query: str, *values) -> Iterator[dict]:
+    """Rows of a query on the store, which is opened for reading only. Raises: FileNotFoundError."""
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"No store at {path}. Start the gateway with --store {path}, and ask it something."
+        )
+    with closing(
+        sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, timeout=5)
+    ) as connection:
+        connection.row_factory = sqlite3.Row
+        yield from (dict(row) for row in connection.execute(query, values))
+
+
+def answers(path: Path, experiment: str = "default") -> list[dict]:
+    """Every answer that was given, oldest first, with the latest feedback on it.
+
+    Returns: columns of `requests` (`messages` as a list; it and `answer` are None once forgotten),
+    and `rating` (1, -1 or None), `consent` (0, 1 or None), `correction`.
+    """
+    query = (
+        "SELECT requests.*, rating, consent, correction FROM requests LEFT JOIN "
+        f"({LATEST}) latest ON latest.request_id = requests.id "
+        "WHERE status = 200 AND experiment = ? ORDER BY requests.created, requests.id"
+    )
+    found = list(rows(path, query, experiment))
+    return [
+        row | {"messages": json.loads(row["messages"]) if row["messages"] else None}
+        for row in found
+    ]
+
+
+def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
+    """What each arm of the A/B test has seen so far; answers that named their model are left out.
+
+    Returns: model → `answers`, `users`, `up`, `down`, `rated_users`, `ended_with_eos` (share),
+    `length_tokens` (mean), `seconds_p50`, `seconds_p95`.
+    """
+    arms = defaultdict(list)
+    for row in answers(path, experiment):
+        if row["assigned"]:
+            arms[row["model"]].append(row)
+    report = {}
+    for model, found in sorted(arms.items()):
+        seconds = [row["seconds"] for row in found]
+        cuts = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
+        report[model] = {
+            "answers": len(found),
+            "users": len({row["user"] for row in found} - {None}),
+            "up": sum(row["rating"] == 1 for row in found),
+            "down": sum(row["rating"] == -1 for row in found),
+            "rated_users": len({row["user"] for row in found if row["rating"]} - {None}),
+            "ended_with_eos": mean(row["finish_reason"] == "stop" for row in found),
+            "length_tokens": mean(row["completion_tokens"] or 0 for row in found),
+            "seconds_p50": cuts[9],
+            "seconds_p95": cuts[18],
+        }
+    return report
+
+
+def preference_pairs(
+    path: Path, experiment: str = "default", model: str | None = None
+) -> list[dict]:
+    """New training rows {prompt, chosen, rejected} from feedback, in the course's format, each
+    once.
+
+    Only answers whose latest feedback gives consent count, and with `model` only that model's
+    answers. On one prompt, an answer with more thumbs up than down is better than one with more
+    down than up; an answer with as many of both says nothing. A correction is better than the
+    answer it corrects. Where two pairs contradict each other, both are left out.
+    """
+    votes, corrections = defaultdict(lambda: defaultdict(int)), set()
+    for row in answers(path, experiment):
+        if not row["consent"] or row["messages"] is None or model not in (None, row["model"]):
+            continue
+        prompt, text = prompt_text(row["messages"]), row["answer"].strip()
+        votes[prompt][text] += row["rating"]
+        if row["correction"] and row["correction"].strip():
+            corrections.add((prompt, row["correction"].strip(), text))
+    pairs = corrections | {
+        (prompt, better, worse)
+        for prompt, counts in votes.items()
+        for better, up in counts.items()
+        if up > 0
+        for worse, down in counts.items()
+        if down < 0
+    }
+    pairs = {(p, a, b) for p, a, b in pairs if a and b and a != b and (p, b, a) not in pairs}
+    return [{"prompt": p, "chosen": f" {a}", "rejected": f" {b}"} for p, a, b in sorted(pairs)]

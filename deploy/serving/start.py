@@ -1,0 +1,104 @@
+"""Starts the gateway as a process of its own, from a notebook, a test or a benchmark, and ends it
+with its engines.
+"""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running gateway. `url` ends in `/v1`, as OpenAI's client wants its `base_url`."""
+
+    url: str
+    process: subprocess.Popen
+    log: Path
+
+    @property
+    def root(self) -> str:
+        return self.url.removesuffix("/v1")
+
+    def said(self) -> str:
+        """Its log."""
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
+
+def wait_for(found, seconds: float, what: str, service: "Service | None" = None):
+    """The first true result of `found()`, asked again and again. Raises: TimeoutError, RuntimeError
+    with the log.
+    """
+    end = time.monotonic() + seconds
+    while not (result := found()):
+        if service and service.process.poll() is not None:
+            raise RuntimeError(
+                f"The gateway ended with status {service.process.returncode}:\n{service.said()[-3000:]}"
+            )
+        if time.monotonic() > end:
+            raise TimeoutError(
+                f"No {what} within {seconds:g} s."
+                + (f"\n{service.said()[-3000:]}" if service else "")
+            )
+        time.sleep(0.02)
+    return result
+
+
+def is_ready(root: str) -> bool:
+    """Do all engines behind this gateway answer?"""
+    try:
+        return httpx.get(f"{root}/ready", timeout=5, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+@contextmanager
+def serving(
+    *options: str, seconds: float = 180, ready: bool = True, **environment: str
+) -> Iterator[Service]:
+    """A gateway started with these options of `python -m deploy.serving`, on a free port unless
+    they name one.
+
+    It is ready when this returns (unless `ready` is False), and ended with its engines when the
+    block is left; also when this process is killed.
+    Raises: RuntimeError with its log if it ends early, TimeoutError after `seconds`.
+    """
+    with tempfile.TemporaryDirectory(prefix="serving-") as folder:
+        log = Path(folder) / "gateway.log"
+        ours = [] if "--port" in options else ["--port", "0"]
+        ours += [] if "--store" in options else ["--store", str(Path(folder) / "serving.sqlite")]
+        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        with open(log, "wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.serving", "--end-with-parent", *ours, *options],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                env={**os.environ, "PYTHONPATH": paths, **environment},
+            )
+        try:
+            service = Service("", process, log)
+            found = wait_for(
+                lambda: re.search(r"on (http://\S+)", service.said()), seconds, "address", service
+            )
+            service = Service(f"{found[1]}/v1", process, log)
+            if ready:
+                wait_for(lambda: is_ready(service.root), seconds, "ready engine", service)
+            yield service
+        finally:
+            process.stdin.close()  # asks for an end; answers that have begun are finished
+            try:
+                process.wait(timeout=seconds)
+            finally:
+                process.kill()
+                process.wait()

@@ -1,0 +1,201 @@
+"""Requests, answers, A/B assignment and feedback in one SQLite file. What was acknowledged survives
+a crash.
+"""
+
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+SCHEMA = """
+CREATE TABLE IF NOT EXISTS requests (
+    id TEXT PRIMARY KEY, created REAL NOT NULL, caller TEXT NOT NULL, user TEXT, experiment TEXT NOT NULL,
+    model TEXT NOT NULL, assigned INTEGER NOT NULL, status INTEGER NOT NULL, messages TEXT, answer TEXT,
+    finish_reason TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL, first_token_seconds REAL);
+CREATE TABLE IF NOT EXISTS feedback (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL REFERENCES requests (id), created REAL NOT NULL,
+    rating INTEGER NOT NULL CHECK (rating IN (-1, 1)), consent INTEGER NOT NULL CHECK (consent IN (0, 1)),
+    correction TEXT);
+CREATE INDEX IF NOT EXISTS feedback_by_request ON feedback (request_id, id);
+CREATE INDEX IF NOT EXISTS requests_by_time ON requests (created);
+"""
+VERSION = 1
+COLUMNS = (
+    "id",
+    "created",
+    "caller",
+    "user",
+    "experiment",
+    "model",
+    "assigned",
+    "status",
+    "messages",
+    "answer",
+    "finish_reason",
+    "prompt_tokens",
+    "completion_tokens",
+    "seconds",
+    "first_token_seconds",
+)
+
+
+class StoreError(RuntimeError):
+    """The store could not keep something. `full`: because there is no space left."""
+
+    def __init__(self, message: str, full: bool = False):
+        super().__init__(message)
+        self.full = full
+
+
+class UnknownRequest(KeyError):
+    """Feedback on a request that this caller did not make."""
+
+
+def pseudonym(experiment: str, user: str) -> str:
+    """What is kept in place of a user id: 128 bits of a hash. Whoever knows the id can still find
+    it again.
+    """
+    return hashlib.sha256(f"{experiment}\0{user}".encode()).hexdigest()[:32]
+
+
+def choose_arm(user: str, weights: dict[str, float]) -> str:
+    """The model that this user always gets, by the hash of a pseudonym: shares follow the weights.
+
+    Raises: ValueError unless some weight is positive and none is negative.
+    """
+    total = sum(weights.values())
+    if min(weights.values()) < 0 or not 0 < total < float("inf"):
+        raise ValueError(f"Weights must be 0 or larger, and at least one above 0, not {weights}.")
+    point = int(hashlib.sha256(f"arm\0{user}".encode()).hexdigest()[:13], 16) / 16**13 * total
+    for name, weight in weights.items():
+        point -= weight
+        if point < 0:
+            return name
+    return [name for name, weight in weights.items() if weight][-1]
+
+
+class Store:
+    """The file at `path`, written by one thread. Feedback is on the disk (fsync) when
+    `add_feedback` is done.
+
+    `max_bytes` bounds the file's size: beyond, it is full, as a disk would be.
+    Methods return futures; a future raises StoreError if the disk is full or broken.
+    """
+
+    def __init__(self, path: Path, max_bytes: int = 2_000_000_000):
+        self.path = Path(path)
+        self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
+        self.thread.submit(self._open, max_bytes).result()
+
+    def _open(self, max_bytes: int) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.touch(
+                mode=0o600
+            )  # prompts are nobody else's to read; SQLite's log files get the same mode
+            # Two connections: a request need not wait for the disk, feedback must. (An fsync covers
+            # both: one log.)
+            self.quick, self.safe = (
+                self._connect(level, max_bytes) for level in ("NORMAL", "FULL")
+            )
+            version = self.safe.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, VERSION):
+                raise StoreError(
+                    f"{self.path} has version {version}, not {VERSION}: name another file with --store."
+                )
+            self.safe.executescript(
+                f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"
+            )
+        except (sqlite3.Error, OSError) as error:
+            raise StoreError(
+                f"Cannot keep records in {self.path} ({error}). Name another with --store."
+            ) from error
+
+    def _connect(self, synchronous: str, max_bytes: int) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=5)
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute(f"PRAGMA synchronous = {synchronous}")
+        connection.execute("PRAGMA foreign_keys = ON")
+        page = connection.execute("PRAGMA page_size").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {max(1, max_bytes // page)}")
+        return connection
+
+    def _submit(self, work: Callable[[], object]) -> Future:
+        def guarded():
+            try:
+                return work()
+            except sqlite3.Error as error:
+                for connection in (self.quick, self.safe):
+                    if connection.in_transaction:
+                        connection.rollback()
+                full = getattr(error, "sqlite_errorname", "") == "SQLITE_FULL"
+                what = "The disk of the store is full" if full else f"The store failed ({error})"
+                raise StoreError(f"{what}: nothing was kept.", full) from error
+
+        return self.thread.submit(guarded)
+
+    def add_request(self, **row) -> Future:
+        """Keeps one request and its answer. `messages` is a list; columns that are not given stay
+        empty.
+        """
+        row["messages"] = json.dumps(row.get("messages"))
+        values = [row.get(name) for name in COLUMNS]
+        statement = (
+            f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
+        )
+        return self._submit(lambda: self.quick.execute(statement, values) and None)
+
+    def add_feedback(
+        self, request_id: str, caller: str, rating: int, consent: bool, correction: str | None
+    ) -> Future:
+        """Keeps feedback on an answer: rating 1 or -1. The latest on an answer counts. The future
+        gives its model.
+
+        Raises (in the future): UnknownRequest if this caller made no such request.
+        """
+
+        def work() -> str:
+            query = "SELECT model FROM requests WHERE id = ? AND caller = ?"
+            found = self.safe.execute(query, (request_id, caller)).fetchone()
+            if not found:
+                raise UnknownRequest(request_id)
+            self.safe.execute(
+                "INSERT INTO feedback (request_id, created, rating, consent, correction) VALUES (?, ?, ?, ?, ?)",
+                (request_id, time.time(), rating, int(consent), correction),
+            )
+            return found[0]
+
+        return self._submit(work)
+
+    def forget(self, days: float) -> Future:
+        """Removes texts older than `days`, corrections too, except where the user's latest feedback
+        gives consent.
+
+        The future gives of how many requests. Counts and times stay.
+        """
+        old = (
+            "created < ? AND NOT "
+            "COALESCE((SELECT consent FROM feedback WHERE request_id = requests.id ORDER BY id DESC LIMIT 1), 0)"
+        )
+        corrections = f"UPDATE feedback SET correction = NULL WHERE request_id IN (SELECT id FROM requests WHERE {old})"
+        texts = f"UPDATE requests SET messages = NULL, answer = NULL WHERE messages IS NOT NULL AND {old}"
+
+        def work() -> int:
+            before = (time.time() - days * 86400,)
+            self.quick.execute(corrections, before)
+            return self.quick.execute(texts, before).rowcount
+
+        return self._submit(work)
+
+    def close(self) -> None:
+        """Writes what waits, and closes the file."""
+
+        def work() -> None:
+            self.quick.close()
+            self.safe.close()
+
+        self.thread.submit(work).result()
+        self.thread.shutdown()
