@@ -8,11 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.variants import (
-    BETA,
-    LAMBDA,
-    VARIANTS,
+    BENCH_BETA,
+    BENCH_LAMBDA,
+    STEP_VARIANTS,
     Bench,
-    Variant,
+    StepVariant,
     lengths_of,
     longer_row,
     loss_given,
@@ -47,11 +47,11 @@ def naive_backward(bench: Bench, method: str, rows: list[dict]) -> float:
                 logps = [token_logps(bench.reference, row, s) for s in ("chosen", "rejected")]
                 known = [each[start:].sum() for each in logps]
             margin = chosen[start:].sum() - known[0] - rejected[start:].sum() + known[1]
-            loss = torch.log1p(torch.exp(-BETA * margin)) / len(rows)
+            loss = torch.log1p(torch.exp(-BENCH_BETA * margin)) / len(rows)
         else:
             p, q = (torch.exp(logps[start:].mean()) for logps in (chosen, rejected))
             odds_ratio = (p / (1 - p)) / (q / (1 - q))
-            loss = torch.log1p(1 / odds_ratio) * LAMBDA / len(rows) - chosen.sum() / tokens
+            loss = torch.log1p(1 / odds_ratio) * BENCH_LAMBDA / len(rows) - chosen.sum() / tokens
         loss.backward()
         total += loss.item()
     return total
@@ -66,7 +66,7 @@ def naive_result(bench: Bench, method: str, rows: list[dict]) -> tuple[float, di
 
 
 def errors_of(
-    bench: Bench, method: str, variant: Variant, rows: list[dict], naive: tuple[float, dict]
+    bench: Bench, method: str, variant: StepVariant, rows: list[dict], naive: tuple[float, dict]
 ) -> dict:
     """Relative errors of a variant's loss and gradient, in the precision that the models have now.
 
@@ -82,7 +82,7 @@ def errors_of(
 
 
 def errors_of_all(
-    bench: Bench, method: str, names: list[str], rows: list[dict], compared=VARIANTS
+    bench: Bench, method: str, names: list[str], rows: list[dict], compared=STEP_VARIANTS
 ) -> dict:
     """{variant: {"float64": {"loss", "gradient"}, "float32": …}} on the two shortest pairs, as one
     batch.
@@ -126,4 +126,6 @@ def lora_errors(size: dict, rows: list[dict]) -> dict:
         return loss_given(bench, method, rows, batch, known, packed.response_logps)
 
     bench = Bench(policy, reference)
-    return errors_of(bench, "dpo", Variant("LoRA", loss), rows, naive_result(bench, "dpo", rows))
+    return errors_of(
+        bench, "dpo", StepVariant("LoRA", loss), rows, naive_result(bench, "dpo", rows)
+    )

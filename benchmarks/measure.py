@@ -10,9 +10,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from benchmarks.variants import (
-    VARIANTS,
+    STEP_VARIANTS,
     Bench,
-    Variant,
+    StepVariant,
     lengths_of,
     longer_row,
     new_bench,
@@ -39,7 +39,7 @@ def still_optimizer(model) -> torch.optim.AdamW:
 
 
 def take_steps(
-    bench: Bench, method: str, variant: Variant, batches: list, optimizer
+    bench: Bench, method: str, variant: StepVariant, batches: list, optimizer
 ) -> dict[str, float]:
     """One step per batch. Returns: seconds up to the gradients, CPU and wall, and those of the
     optimiser.
@@ -97,15 +97,15 @@ def time_all(
         counts operations is the warm-up.
     """
     optimizer, found = still_optimizer(bench.policy), {"matmul_speed": [], "variants": {}}
-    batches = {name: VARIANTS[name].batches(rows, size) for name in names}
+    batches = {name: STEP_VARIANTS[name].batches(rows, size) for name in names}
     for name in names:
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-            take_steps(bench, method, VARIANTS[name], batches[name], optimizer)
+            take_steps(bench, method, STEP_VARIANTS[name], batches[name], optimizer)
         found["variants"][name] = {"steps": len(batches[name]), "flops": counter.get_total_flops()}
     for repetition in range(repetitions):
         found["matmul_speed"].append(matmul_speed(bench.device))
         for name in names if repetition % 2 else reversed(names):
-            seconds = take_steps(bench, method, VARIANTS[name], batches[name], optimizer)
+            seconds = take_steps(bench, method, STEP_VARIANTS[name], batches[name], optimizer)
             for clock, value in seconds.items():
                 found["variants"][name].setdefault(clock, []).append(value)
         timed = found["variants"].items()
@@ -133,7 +133,7 @@ def memory_of(task: dict) -> dict:
 
     with PeakMemory() as memory:
         before = memory.held
-    size, method, variant = task["size"], task["method"], VARIANTS[task["name"]]
+    size, method, variant = task["size"], task["method"], STEP_VARIANTS[task["name"]]
     bench, rows = new_bench(size, task["device"]), random_rows(task["lengths"], size["vocabulary"])
     if variant.cached:
         rows = with_reference_columns(bench, rows)

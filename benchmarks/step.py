@@ -24,7 +24,7 @@ from benchmarks.measure import memory_in_own_process, say, time_all
 from benchmarks.thresholds import step_thresholds
 from benchmarks.variants import (
     LENGTHS,
-    VARIANTS,
+    STEP_VARIANTS,
     new_bench,
     random_rows,
     representative,
@@ -63,7 +63,7 @@ STEP_SIZES = {
 QUICK = gpt2_size("a tiny model", layers=2, width=64, batch=2, pairs=4, words=3000)
 
 
-def measure_variants(
+def errors_and_times(
     size: dict, method: str, names: list[str], repetitions: int, device: str
 ) -> dict:
     """Errors and times of the variants of one model and method. Raises: WrongVariant."""
@@ -75,11 +75,11 @@ def measure_variants(
     torch.set_num_threads(1)
     found = time_all(bench, method, names, rows, size["batch"], repetitions)
     for name in names:
-        found["variants"][name] |= {"label": VARIANTS[name].label, "errors": errors[name]}
+        found["variants"][name] |= {"label": STEP_VARIANTS[name].label, "errors": errors[name]}
     return found | {"lengths": lengths}
 
 
-def measure_variants_memory(part: dict, size: dict, method: str, device: str) -> dict:
+def memory_of_variants(part: dict, size: dict, method: str, device: str) -> dict:
     """{variant: what `memory_of` gives}, each in a process of its own, two at a time on a CPU with
     two cores.
 
@@ -131,10 +131,10 @@ def run_step(options: argparse.Namespace) -> dict:
         for method in ("dpo", "orpo"):
             names, file = COMPARED[size_name, method], STEP_DONE / f"{size_name}-{method}.json"
             arguments = size, method, names, options.repetitions, device
-            part = resumable(file, resume, measure_variants, *arguments)
+            part = resumable(file, resume, errors_and_times, *arguments)
             file = file.with_stem(f"{file.stem}-memory")
             arguments = part, size, method, device
-            memory = resumable(file, resume, measure_variants_memory, *arguments)
+            memory = resumable(file, resume, memory_of_variants, *arguments)
             for name, each in memory.items():
                 part["variants"][name]["memory"] = each
             sizes[size_name]["methods"][method] = part

@@ -25,10 +25,10 @@ from common.models import freeze, train_tokenizer
 from common.profiles import Recipe
 from common.training.reference import COLUMNS, from_columns
 
-BETA, LAMBDA, MAX_LENGTH, PAD = 0.1, 0.1, 512, 1
+BENCH_BETA, BENCH_LAMBDA, MAX_LENGTH = 0.1, 0.1, 512
 STEP_RECIPES = {
-    "dpo": Recipe(lr=1, beta=BETA),
-    "orpo": Recipe(lr=1, lambda_or=LAMBDA, nll_on_prompt=True),
+    "dpo": Recipe(lr=1, beta=BENCH_BETA),
+    "orpo": Recipe(lr=1, lambda_or=BENCH_LAMBDA, nll_on_prompt=True),
 }
 ROW_PARTS = "prompt", "chosen", "rejected"
 # Tokens of 64 pairs of HH-RLHF (harmless-base), under a BPE tokenizer trained on them.
@@ -79,7 +79,7 @@ def random_gpt2(size: dict, seed: int, device: str = "cpu") -> GPT2LMHeadModel:
     names = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "vocab_size": "vocabulary"}
     sizes = {name: size[key] for name, key in names.items()}
     dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": PAD}
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = GPT2Config(**sizes, **dropout, **tokens)
     return GPT2LMHeadModel(config).to(device)
 
@@ -115,7 +115,7 @@ def with_reference_columns(bench: Bench, rows: list[dict]) -> list[dict]:
     new = []
     for row in rows:
         with torch.no_grad():
-            logps = response_logps(bench.reference, collate([row], PAD, bench.device))
+            logps = response_logps(bench.reference, collate([row], device=bench.device))
         sums = {side: getattr(logps, side).sums.item() for side in COLUMNS}
         theirs = {f"ref_{side}_logps": value for side, value in sums.items()}
         new.append(row | {COLUMNS[side]: value for side, value in sums.items()} | theirs)
@@ -129,7 +129,7 @@ def ours(path: str, cached: bool = False, fused: bool = True) -> Callable:
     logps_by_path = packed.PATHS[path]
 
     def loss(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
-        batch, known = collate(rows, PAD, bench.device), None
+        batch, known = collate(rows, device=bench.device), None
         with fused_gelu(bench.policy, bench.reference) if fused else nullcontext():
             if method == "dpo" and cached:
                 known = from_columns(rows, batch)
@@ -175,7 +175,7 @@ def textbook(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
         ids = [torch.tensor(row["prompt_ids"] + row[f"{side}_ids"]) for row in rows]
         starts = torch.tensor([len(row["prompt_ids"]) for row in rows], device=bench.device)
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
-        ids = pad_sequence(ids, batch_first=True, padding_value=PAD)
+        ids = pad_sequence(ids, batch_first=True)
         ids, mask = ids.to(bench.device), mask.to(bench.device)
         position = torch.arange(ids.shape[1], device=bench.device)
         response = (mask * (position >= starts[:, None]))[:, 1:]
@@ -191,10 +191,13 @@ def textbook(bench: Bench, method: str, rows: list[dict]) -> torch.Tensor:
             for side in ("chosen", "rejected"):
                 logps, _, mask = logps_and_masks(bench.reference, side)
                 known.append((logps * mask).sum(1))
-        return -F.logsigmoid(BETA * ((sums[0] - known[0]) - (sums[1] - known[1]))).mean()
+        return -F.logsigmoid(BENCH_BETA * ((sums[0] - known[0]) - (sums[1] - known[1]))).mean()
     means = sums[0] / in_chosen.sum(1), sums[1] / in_rejected.sum(1)
     odds = [mean - torch.log1p(-torch.exp(mean)) for mean in means]
-    return -(chosen * in_row).sum() / in_row.sum() - LAMBDA * F.logsigmoid(odds[0] - odds[1]).mean()
+    return (
+        -(chosen * in_row).sum() / in_row.sum()
+        - BENCH_LAMBDA * F.logsigmoid(odds[0] - odds[1]).mean()
+    )
 
 
 # --- TRL's
@@ -218,10 +221,10 @@ def trl_trainer(method: str, policy, reference, device: str, adapter=None, **set
         from trl.experimental import orpo
 
         config, trainer = orpo.ORPOConfig, orpo.ORPOTrainer
-        settings = {"beta": LAMBDA} | settings
+        settings = {"beta": BENCH_LAMBDA} | settings
     elif method == "dpo":
         config, trainer, extra["ref_model"] = trl.DPOConfig, trl.DPOTrainer, reference
-        settings = {"beta": BETA} | settings
+        settings = {"beta": BENCH_BETA} | settings
     else:
         config, trainer = trl.SFTConfig, trl.SFTTrainer
         row = {"prompt": row["prompt"], "completion": row["chosen"]}
@@ -287,7 +290,7 @@ def orpo_row(row: dict) -> dict:
 
 
 @dataclass(frozen=True)
-class Variant:
+class StepVariant:
     """A way to compute the loss of a batch.
 
     `tolerance`: of loss and gradient against the naive computation, all in float64.
@@ -306,15 +309,17 @@ class Variant:
 
 
 SINGLE = 1e-5  # TRL computes its head and its odds ratio in float32 whatever the model's precision
-VARIANTS = {
-    "trl": Variant("TRL", trl(), SINGLE),
-    "trl_bucketed": Variant("TRL, bucketed by length", trl(), SINGLE, bucketed=True),
-    "trl_precomputed": Variant("TRL, reference precomputed", trl(True), SINGLE, cached=True),
-    "trl_compact": Variant("TRL, compact head", trl(compact=True), SINGLE),
-    "trl_best": Variant("TRL, all three", trl(True, True), SINGLE, bucketed=True, cached=True),
-    "textbook": Variant("textbook", textbook),
-    "simple": Variant("ours, simple", ours("simple")),
-    "packed_unfused": Variant("ours, packed, GELU not fused", ours("packed", fused=False)),
-    "packed": Variant("ours, packed", ours("packed")),
-    "packed_cached": Variant("ours, packed, reference cached", ours("packed", True), cached=True),
+STEP_VARIANTS = {
+    "trl": StepVariant("TRL", trl(), SINGLE),
+    "trl_bucketed": StepVariant("TRL, bucketed by length", trl(), SINGLE, bucketed=True),
+    "trl_precomputed": StepVariant("TRL, reference precomputed", trl(True), SINGLE, cached=True),
+    "trl_compact": StepVariant("TRL, compact head", trl(compact=True), SINGLE),
+    "trl_best": StepVariant("TRL, all three", trl(True, True), SINGLE, bucketed=True, cached=True),
+    "textbook": StepVariant("textbook", textbook),
+    "simple": StepVariant("ours, simple", ours("simple")),
+    "packed_unfused": StepVariant("ours, packed, GELU not fused", ours("packed", fused=False)),
+    "packed": StepVariant("ours, packed", ours("packed")),
+    "packed_cached": StepVariant(
+        "ours, packed, reference cached", ours("packed", True), cached=True
+    ),
 }

@@ -12,7 +12,7 @@ import torch
 from benchmarks import measure, quality, step, thresholds, variants
 from benchmarks.correct import WrongVariant, errors_of_all
 from benchmarks.variants import (
-    VARIANTS,
+    STEP_VARIANTS,
     new_bench,
     random_rows,
     representative,
@@ -239,7 +239,7 @@ def test_a_wrong_variant_is_refused():
             bench, method, [row | {"chosen_ids": row["chosen_ids"][:-1]} for row in rows]
         )
 
-    wrong = {"packed": replace(VARIANTS["packed"], loss=short)}
+    wrong = {"packed": replace(STEP_VARIANTS["packed"], loss=short)}
     rows = random_rows([[5, 4, 7], [9, 3, 3]], 300)
     with pytest.raises(
         WrongVariant, match=r"dpo packed: its loss is off by .*, more than 1e-12: not timed"
