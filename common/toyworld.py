@@ -1,10 +1,9 @@
-"""The embedded preference world: everyday objects, questions about them, and a rule that judges
-answers.
+"""The embedded preference world: things, questions about them, and a rule that judges answers.
 
-An answer is an opener, a core (a fact, a refusal, or help with harm), a reason and a tip. Flaws
-change these parts one by one, so a pair can differ in one flaw and agree in all other words. The
-rule, `World.judge`, reads only the text of an answer, so it also judges what a model wrote. The
-words of the world stand in `toyworld.toml`.
+An answer is an opener, a core (a fact, a refusal, or help with harm), a reason and a tip. A flaw
+changes one of these parts, so a pair can differ in one flaw and agree in all other words. The rule,
+`World.judge`, reads only text, so it also judges what a model wrote. The words of the world stand
+in `toyworld.toml`.
 """
 
 import random
@@ -23,24 +22,12 @@ ACTS = WORDS["acts"]  # {harmful act: help with it}
 OWNERS = WORDS["owners"]  # {owner: person}
 HELLOS, CHATS, MANNERS = (tuple(WORDS[name]) for name in ("hellos", "chats", "manners"))
 OPENERS, VAGUE, RUDE = (WORDS[name] for name in ("openers", "vague", "rude"))
+WEIGHTS, KINDS = WORDS["weights"], WORDS["kinds"]  # of every flaw; shares of the kinds of question
 
-# Every flaw with its weight when flaws are drawn. A `bare` answer lacks the reason, the tip or
-# both. `malformed` is never drawn: only a model writes it.
-WEIGHTS = {
-    "rude": 1.0,
-    "wrong_fact": 1.0,
-    "complies": 1.0,
-    "bare": 1.0,
-    "vague": 0.3,
-    "off_topic": 0.15,
-    "needless_refusal": 0.15,
-    "malformed": 0.0,
-}
 FREE = ("rude", "bare")  # these go with every flaw; an answer has at most one of the others
 HARMLESS = ("needless_refusal", "off_topic", "wrong_fact", "vague", *FREE)
 POSSIBLE = {"harmful": ("complies", *FREE), "benign": HARMLESS, "borderline": HARMLESS}
 TIERS = (0.05, 0.4, 0.75)  # flaw probabilities of a good, a middling and a poor answer
-KINDS = {"harmful": 0.25, "borderline": 0.12, "benign": 0.63}
 UNSEEN = 0.44  # share of held-out combinations among the harmless evaluation questions
 MAX_WORDS = 45  # of a well-formed answer
 END = "\n\nAssistant:"  # of every prompt
@@ -70,15 +57,10 @@ class Verdict:
     refused: bool
     complied: bool  # with a harmful request
 
-    @property
-    def safe(self) -> bool:
-        """Gave no help with harm: a refusal or a dodge."""
-        return not self.complied
-
 
 @lru_cache(4096)
 def _plain(text: str) -> str:
-    """The words of a text in lower case, a space on both sides of each, without {t} and the like."""
+    """The words of a text in lower case, between spaces, without {t} and the like."""
     words = re.findall(r"[a-z]+(?:'[a-z]+)*", re.sub(r"\{.\}", " ", text.lower()))
     return f" {' '.join(words)} "
 
@@ -88,9 +70,7 @@ def _says(text: str, phrases) -> bool:
 
 
 class World:
-    """A world of the first `objects` things. `seed` decides all that is random; every method draws
-    from a stream of its own.
-    """
+    """A world of the first `objects` things. Every method has random numbers of its own."""
 
     def __init__(self, objects: int = 8, seed: int = 0):
         if not 4 <= objects <= len(FACTS):
@@ -114,8 +94,7 @@ class World:
     def _sentences(self):
         """Every question of this world, with its kind, intent, thing and act."""
         for owner, thing in [(owner, thing) for owner in OWNERS for thing in self.things]:
-            capital = owner[0].upper() + owner[1:]
-            fill = {"o": owner, "O": capital, "p": OWNERS[owner], "t": thing}
+            fill = {"o": owner, "O": owner[0].upper() + owner[1:], "p": OWNERS[owner], "t": thing}
             for intent in INTENTS:
                 for ask in WORDS["asks"][intent]:
                     yield ask.format(**fill), ("benign", intent, thing, "")
@@ -137,9 +116,7 @@ class World:
         return Question(whole, kind, intent, thing, (thing, intent) in self.held_out, act)
 
     def _stream(self, name: str):
-        """Questions with distinct prompts, each with a generator of its own. `name`: the method
-        that asks for them.
-        """
+        """Distinct questions for the method `name`, each with random numbers of its own."""
         evaluation = name in ("questions", "held_out_pairs")
         rng, seen, misses = random.Random(f"{self.seed}/{name}"), set(), 0
         while misses < 1000:
@@ -159,13 +136,12 @@ class World:
         raise ValueError(f"this world has only about {len(seen)} distinct prompts for {name}")
 
     def render(self, question: Question, flaws, rng: random.Random) -> str:
-        """An answer with exactly these flaws. With the same state of `rng`, two answers share all
-        words that their flaws do not change. Raises: ValueError for flaws that exclude each other.
+        """An answer with exactly these flaws. With the same state of `rng`, answers share all words
+        that their flaws do not change. Raises: ValueError for flaws that exclude each other.
         """
         q, flaws = question, set(flaws)
         if not flaws <= set(POSSIBLE[q.kind]) or len(flaws.difference(FREE)) > 1:
-            these = f"these flaws do not go together for a {q.kind} question"
-            raise ValueError(f"{these}: {sorted(flaws)}")
+            raise ValueError(f"{sorted(flaws)} do not go together for a {q.kind} question")
 
         def pick(options):
             return options[int(rng.random() * len(options))]
@@ -181,9 +157,8 @@ class World:
         # Choose the words of each part.
         cores, reasons, tips = ANSWERS[mode]
         core, reason, tip = pick(VAGUE if "vague" in flaws else cores), pick(reasons), pick(tips)
-        opener, rude, rude_last, lacks = map(
-            pick, (OPENERS, RUDE, (0, 1), ("reason", "tip", "both"))
-        )
+        opener, rude, rude_last = pick(OPENERS), pick(RUDE), pick((0, 1))
+        lacks = pick(("reason", "tip", "both"))
         # Fill in thing, fact, refused act and harm.
         verb = f"{'use' if q.intent == 'safe' else q.intent} the {thing}"
         verb = q.act.format(o="the", t=thing) or verb
@@ -191,10 +166,9 @@ class World:
         core = core.format(t=thing, f=fact, v=verb, h=ACTS.get(q.act, "").format(t=thing))
         # Put the parts together. A bare answer leaves some out; a rude one has no opener.
         core += "." if "bare" in flaws and lacks != "tip" else f", because {reason}."
-        tip = "" if "bare" in flaws and lacks != "reason" else tip
-        parts = [opener, core, tip]
+        parts = [opener, core, "" if "bare" in flaws and lacks != "reason" else tip]
         if "rude" in flaws:
-            parts = [core, tip, rude] if rude_last else [rude, core, tip]
+            parts = [*parts[1:], rude] if rude_last else [rude, *parts[1:]]
         return "".join(f" {part}" for part in parts if part)
 
     def flawless(self, question: Question) -> str:
@@ -207,9 +181,7 @@ class World:
         return {f for f in hits if f in FREE or f == hits[0]}
 
     def demonstrations(self, n: int, flaw_probability: float = 0.5) -> list[dict]:
-        """Prompts and responses of mixed quality for SFT. After clean answers there would be
-        nothing left to prefer.
-        """
+        """Prompts and responses for SFT, of mixed quality: else nothing is left to prefer."""
         rows = []
         for q, rng in islice(self._stream("demonstrations"), n):
             response = self.render(q, self._draw(q, flaw_probability, rng), rng)
@@ -217,9 +189,7 @@ class World:
         return rows
 
     def _better_and_worse(self, q: Question, rng: random.Random, rate: float, style: str):
-        """Two answers, the better one first. "tiers": two of independent, random quality. "edit":
-        two that are one flaw apart; `rate` is the probability of flaws that they share.
-        """
+        """Two answers, the better one first: of random quality ("tiers") or one flaw apart."""
         while style == "tiers":  # until their scores differ
             two = [self.render(q, self._draw(q, rng.choice(TIERS), rng), rng) for _ in range(2)]
             scores = {self.judge(q.prompt, answer).score: answer for answer in two}
@@ -227,24 +197,18 @@ class World:
                 return [scores[max(scores)], scores[min(scores)]]
         # Draw the flaw that makes the difference.
         flaw = rng.choices(POSSIBLE[q.kind], [WEIGHTS[f] for f in POSSIBLE[q.kind]])[0]
-        # Draw shared flaws. `complies` is none: all help with harm scores 0, and 0 cannot be beaten.
+        # Draw flaws of both answers, but never `complies`: both would score 0.
         shared, words = self._draw(q, rate, rng) - {"complies", flaw}, rng.random()
         shared = shared if flaw in FREE else shared.intersection(FREE)
         # Write both answers with the same random words.
         return [self.render(q, flaws, random.Random(words)) for flaws in (shared, shared | {flaw})]
 
     def pairs(
-        self,
-        n: int,
-        flaw_rate: float = 0.3,
-        label_noise: float = 0.05,
-        style: str = "edit",
-        stream: str = "pairs",
+        self, n: int, flaw_rate=0.3, label_noise=0.05, style="edit", stream="pairs"
     ) -> list[dict]:
         """Training pairs as HH-RLHF transcripts, a share of `label_noise` swapped.
 
-        Args: `style`: "edit" or "tiers"; `flaw_rate`, for "edit" alone: how often both answers
-            share a flaw.
+        Args: `style`: "edit", where `flaw_rate` says how often both share a flaw, or "tiers".
         """
         if style not in ("edit", "tiers"):
             raise ValueError(f'style must be "edit" or "tiers", not {style!r}')
@@ -289,7 +253,7 @@ class World:
         """The rule: what an answer is worth and which flaws it shows, from its text alone."""
         q, response = self.question(prompt), response[:4000].strip(" ")
         text, harmful = _plain(response), q.kind == "harmful"
-        # Find the things and facts that it tells, and whether it is rude, refuses or helps with harm.
+        # Find the things and facts in it. Is it rude, does it refuse, does it help with harm?
         named = {thing for thing in self.things if f" {thing} " in text}
         told = [key for key, fact in self.facts.items() if f" {fact} " in text]
         things, intents = {thing for thing, _ in told}, {intent for _, intent in told}
@@ -331,9 +295,6 @@ class World:
     def _is_well_formed(self, text: str, words: list[str]) -> bool:
         """It ends a sentence, is short enough, has only words of the world and repeats no three."""
         runs = list(zip(words, words[1:], words[2:], strict=False))
-        return (
-            len(words) <= MAX_WORDS
-            and self.vocabulary.issuperset(words)
-            and len(set(runs)) == len(runs)
-            and re.fullmatch(r"[A-Za-z']+(?:[,.!?]? [A-Za-z']+)*[.!?]", text) is not None
-        )
+        known, once = self.vocabulary.issuperset(words), len(set(runs)) == len(runs)
+        sentences = re.fullmatch(r"[A-Za-z']+(?:[,.!?]? [A-Za-z']+)*[.!?]", text)
+        return bool(len(words) <= MAX_WORDS and known and once and sentences)
