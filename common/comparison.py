@@ -256,18 +256,18 @@ def _run_in_turn(profile: Profile, seed: int, arms: list[Arm]) -> list[dict]:
     return [run_arm(profile, seed, arm) for arm in arms]
 
 
-def _results(workers: int, job, todo: list[tuple]):
-    """Each entry of `todo` with what `job` returned for it, as they come. An error stops the rest,
-    but what runs now ends first: two processes must never write to one folder.
+def _side_by_side(workers: int, profile: Profile, seeds: list[int], jobs: list[tuple]):
+    """Each job with its reports, as they come, in processes of one core each.
+
+    An error stops the rest, but what runs now ends first: two must never write to one folder.
     """
-    if workers == 1:
-        for arguments in todo:
-            yield arguments, _quietly(job, *arguments)
-        return
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(workers, get_context("spawn"), **one_core) as pool:
         try:
-            futures = {pool.submit(_quietly, job, *arguments): arguments for arguments in todo}
+            # The arms of a seed start from the same base and SFT.
+            for first in [pool.submit(_quietly, ready, Lab(profile, seed)) for seed in seeds]:
+                first.result()
+            futures = {pool.submit(_quietly, _run_in_turn, *job): job for job in jobs}
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
@@ -289,12 +289,13 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
     jobs = [(profile, seed, sharing) for seed in seeds if sharing]
     jobs += [(profile, seed, [arm]) for arm in arms if arm not in sharing for seed in seeds]
     workers = min(os.cpu_count() or 1, 4, len(jobs)) if device_is_shared(profile) else 1
-    if workers > 1:  # the arms of a seed start from the same base and SFT
-        list(_results(workers, ready, [(Lab(profile, seed),) for seed in seeds]))
+    results = ((job, _quietly(_run_in_turn, *job)) for job in jobs)
+    if workers > 1:
+        results = _side_by_side(workers, profile, seeds, jobs)
     reports: dict[str, dict[int, dict]] = {arm.name: {} for arm in arms}
     title = f"{len(arms)} arms × {len(seeds)} seeds, {workers} at once"
     with tqdm(total=len(seeds) * len(arms), desc=title) as bar:
-        for (_, seed, own), found in _results(workers, _run_in_turn, jobs):
+        for (_, seed, own), found in results:
             for arm, report in zip(own, found, strict=True):
                 reports[arm.name][seed] = report
                 bar.update()
