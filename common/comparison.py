@@ -91,10 +91,7 @@ def ready(lab: Lab) -> None:
 
 
 def train_arm(lab: Lab, arm: Arm) -> dict[str, Run]:
-    """The stages of an arm, trained or reused. Needs base and SFT.
-
-    Raises: MissingRun; BrokenLineage.
-    """
+    """The stages of an arm, trained or reused. Raises: MissingRun without base or SFT."""
     pairs, runs = None, {}
     if arm.world:
         pairs = load_pairs(lab.data.world.pairs(lab.profile.pairs, **dict(arm.world)))[0]
@@ -140,8 +137,7 @@ def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
 def measure(lab: Lab, model, reference) -> tuple[dict, list[list[Answer]]]:
     """Every shared measure of a model against the reference `sft`, and the answers behind them.
 
-    Returns: the values of `models.<stage>` in `evaluation.json`, in the units of the functions of
-        `common.evaluation`; and the answers, one list per prompt.
+    Returns: the values of `models.<stage>` in `evaluation.json`, and one list of answers a prompt.
     """
     profile, batch = lab.profile, lab.profile.eval_batch
     sampling = Sampling(profile.max_new_tokens, 1.0, profile.samples, lab.seed)
@@ -225,10 +221,7 @@ def measure_runs(lab: Lab, runs: dict[str, Run], judge: Judge) -> dict:
 
 
 def run_arm(profile: Profile, seed: int, arm: Arm) -> dict:
-    """Trains and measures one arm of one seed; returns the finished report if nothing changed.
-
-    Returns: the report of `measure_runs`, kept in `<run folder>/arms/`.
-    """
+    """Trains and measures one arm of one seed, or reads its report if nothing changed since."""
     lab = Lab(profile, seed)
     ready(lab)
     runs = train_arm(lab, arm)
@@ -239,11 +232,6 @@ def run_arm(profile: Profile, seed: int, arm: Arm) -> dict:
         return before
     write_json(path, measure_runs(lab, runs, judge_of(lab)) | {"arm": asdict(arm), "key": key})
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def device_is_shared(profile: Profile) -> bool:
-    """Can several tiny models be trained at once, one to a CPU core?"""
-    return is_tiny(profile) and not torch.cuda.is_available()
 
 
 def _quietly(job, *arguments):
@@ -288,7 +276,8 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
     sharing = [arm for arm in arms if None in map(arm.run_of, set(arm.stages) - {"sft"})]
     jobs = [(profile, seed, sharing) for seed in seeds if sharing]
     jobs += [(profile, seed, [arm]) for arm in arms if arm not in sharing for seed in seeds]
-    workers = min(os.cpu_count() or 1, 4, len(jobs)) if device_is_shared(profile) else 1
+    alone = torch.cuda.is_available() or not is_tiny(profile)
+    workers = 1 if alone else min(os.cpu_count() or 1, 4, len(jobs))
     results = ((job, _quietly(_run_in_turn, *job)) for job in jobs)
     if workers > 1:
         results = _side_by_side(workers, profile, seeds, jobs)
@@ -303,10 +292,7 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
 
 
 def sign_change(places: list[float], rates: list[float]) -> float | None:
-    """Where a win rate first rises through one half, on a straight line between two places.
-
-    Returns: None where it never does.
-    """
+    """Where a win rate first rises through one half, by straight lines, or None."""
     for (left, low), (right, high) in pairwise(zip(places, rates, strict=True)):
         if low < 0.5 <= high:
             return left + (right - left) * (0.5 - low) / (high - low)

@@ -136,7 +136,7 @@ def test_the_default_flaw_rate_gives_the_profiles_own_pairs(lab):
 def in_turn(lab):
     """Reports of three arms, run one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "device_is_shared", lambda profile: False)
+        patch.setattr(comparison, "is_tiny", lambda profile: False)
         return run_arms(lab, [OWN, LONGER, WORLD], seeds=[0])
 
 
@@ -165,7 +165,7 @@ def test_other_pairs_of_an_arm_reach_the_training(lab, in_turn):
 
 
 def test_what_is_finished_is_not_measured_again(lab, in_turn, monkeypatch):
-    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: False)
+    monkeypatch.setattr(comparison, "is_tiny", lambda profile: False)
     monkeypatch.setattr(comparison, "measure_runs", lambda *_: pytest.fail("measured again"))
     assert run_arms(lab, [OWN, LONGER, WORLD], seeds=[0]) == in_turn
 
@@ -174,7 +174,7 @@ def test_a_model_trained_again_is_measured_again(lab, in_turn, monkeypatch):
     path = lab.folder / "arms" / "own.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before | {"key": "of another model", "models": {}}))
-    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: False)
+    monkeypatch.setattr(comparison, "is_tiny", lambda profile: False)
     assert run_arms(lab, [OWN], seeds=[0])["own"] == in_turn["own"]
 
 
@@ -222,7 +222,7 @@ def test_arms_that_share_a_folder_never_run_at_the_same_time(lab, monkeypatch):
     another.
     """
     monkeypatch.setattr(comparison, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: True)
+    monkeypatch.setattr(comparison, "is_tiny", lambda profile: True)
     monkeypatch.setattr(comparison.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(comparison, "ready", lambda lab: None)
     monkeypatch.setattr(

@@ -271,7 +271,7 @@ def test_kl_on_samples_that_stand_for_the_whole_distribution_is_exact():
 @pytest.mark.parametrize("own", [{}, SHARPER, BEAMS])
 def test_kl_on_generated_samples_is_near_the_exact_one(own):
     """All answers of up to two tokens of an eight-token model, enumerated; 4,000 samples with a
-    fixed seed are within four standard errors of that sum, whatever the model's own
+    fixed seed are within three standard errors of that sum, whatever the model's own
     generation_config says.
     """
     policy, reference = gpt2(seed=1, vocabulary=8), gpt2(seed=2, vocabulary=8)
@@ -284,7 +284,7 @@ def test_kl_on_generated_samples_is_near_the_exact_one(own):
     exact = (p.exp() * (p - q)).sum().item()
     error = math.sqrt((p.exp() * (p - q - exact) ** 2).sum().item() / 4000)
     answers = generate(policy, Letters(), ["a"], Sampling(2, samples=4000))
-    assert abs(kl_on_samples(policy, reference, answers) - exact) < 4 * error < 0.4 * exact
+    assert abs(kl_on_samples(policy, reference, answers) - exact) < 3 * error < 0.3 * exact
 
 
 # --- what answers look like
