@@ -216,7 +216,7 @@ def test_a_tokenizer_without_an_end_token_is_named(tmp_path):
     endless.eos_token = None
     endless.save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match="has no end token .EOS., which training needs: name another LAB_MODEL"
+        ModelError, match="has no end token .EOS.: name another LAB_MODEL"
     ):
         models.load_tokenizer(tmp_path)
 
