@@ -1,50 +1,18 @@
 """Preference data: read, bring to prompt/chosen/rejected, check, tokenise, collate."""
 
-import hashlib
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import islice
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
-import pyarrow
 import torch
 from datasets import Dataset
-from datasets.table import InMemoryTable
 from tqdm import tqdm
 
-from common.io.fingerprints import digest
-from common.io.formats import DataError, Unusable, read_demonstration, read_pair
+from common.io.cleaning import CleaningReport, clean, numbered, usable
+from common.io.formats import DataError, read_demonstration, read_pair
 from common.profiles import WORLD, Profile
 from common.toyworld import World
-
-HELD_OUT_SHARE = 10  # one prompt in ten is held out of data that have no test split
-
-
-@dataclass
-class CleaningReport:
-    """What cleaning did: nothing is dropped or cut without being counted here."""
-
-    source: str
-    rows: int = 0
-    dropped: Counter = field(default_factory=Counter)  # reason -> rows
-    cut: Counter = field(default_factory=Counter)  # what was shortened -> rows
-    drawn: int = 0  # of the rows kept, how many were drawn; 0: all are there
-
-    def __post_init__(self):
-        self.dropped, self.cut = Counter(self.dropped), Counter(self.cut)
-
-    @property
-    def kept(self) -> int:
-        return self.rows - sum(self.dropped.values())
-
-    def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows} rows read, {self.kept} kept"]
-        lines += [f"  dropped {count:6d}  {why}" for why, count in sorted((+self.dropped).items())]
-        lines += [f"  cut     {count:6d}  {what}" for what, count in sorted(self.cut.items())]
-        drawn = f"  drawn   {self.drawn:6d}  of the rows kept, at random over the whole split"
-        return "\n".join([*lines, drawn] if self.drawn else lines)
 
 
 def drawn(rows: Iterable, count: int) -> list:
@@ -57,71 +25,6 @@ def drawn(rows: Iterable, count: int) -> list:
     return random.Random(0).sample(rows, min(count, len(rows)))
 
 
-def _held_out(text: str) -> bool:
-    """A fixed tenth of the prompts, by their text: no prompt is on both sides of the split."""
-    return int(hashlib.sha256(text.encode()).hexdigest(), 16) % HELD_OUT_SHARE == 0
-
-
-def _numbered(rows: Iterable) -> Iterator[tuple[str, object]]:
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
-
-
-def _usable(rows: Iterable, read: Callable, split: str | None, report: CleaningReport) -> Iterator:
-    """The rows that can be read, counted in `report`. `split`: only its share of the prompts."""
-    for place, row in rows:
-        texts, reason = {"prompt": str(row)}, None
-        try:
-            texts = read(row)
-        except Unusable as error:
-            reason = str(error)
-        except DataError as error:
-            raise DataError(f"{place}: {error}") from None
-        # The prompt decides on the side of the split; the whole row, where it has no prompt.
-        if split and _held_out(texts["prompt"]) != (split == "test"):
-            continue
-        report.rows += 1
-        if reason:
-            report.dropped[reason] += 1
-        else:
-            yield texts
-
-
-def _clean(rows: Iterator[dict], limit: int | None, report: CleaningReport) -> Dataset:
-    """At most `limit` rows as a dataset, without duplicates and without contradictions.
-
-    Of two pairs with the same answers in opposite order, neither tells what is better.
-    """
-    seen: dict[str, tuple[int, str]] = {}  # the texts of a row -> its number and chosen answer
-    contradicted = set()
-
-    def first_ones() -> Iterator[dict]:
-        for row in rows:
-            key = digest(sorted(row.values()))
-            number, chosen = seen.get(key, (None, ""))
-            if number is None:
-                seen[key] = len(seen), row["chosen"]
-                yield row
-            elif number not in contradicted and row["chosen"] == chosen:
-                report.dropped["exact duplicate of an earlier row"] += 1
-            else:
-                report.dropped["contradicting pair: the same answers in both orders"] += (
-                    1 if number in contradicted else 2
-                )
-                contradicted.add(number)
-            if limit and len(seen) - len(contradicted) == limit:
-                return
-
-    # Arrow holds the texts, so that large data are never whole in Python's lists.
-    texts, tables = first_ones(), []
-    while chunk := list(islice(texts, 10_000)):
-        schema = pyarrow.schema([(name, pyarrow.string()) for name in chunk[0]])
-        tables.append(pyarrow.Table.from_pylist(chunk, schema))
-    if len(seen) == len(contradicted):
-        raise DataError(f"No row is left after cleaning.\n{report}")
-    mask = pyarrow.array([number not in contradicted for number in range(len(seen))])
-    return Dataset(InMemoryTable(pyarrow.concat_tables(tables).filter(mask)))
-
-
 def _load(
     source, split: str | None, limit: int | None, read: Callable
 ) -> tuple[Dataset, CleaningReport]:
@@ -129,17 +32,17 @@ def _load(
     if limit is not None and limit < 1:
         raise DataError(f"limit must be at least 1, or None for all rows; it is {limit}.")
 
-    def build(name: str, rows: Iterable, by_prompt: bool) -> tuple[Dataset, dict]:
+    def build(name: str, found: Iterable, by_prompt: bool) -> tuple[Dataset, dict]:
         report = CleaningReport(name)
-        usable = _usable(rows, read, split if by_prompt else None, report)
-        return _clean(usable, limit, report), vars(report)
+        rows = usable(found, read, split if by_prompt else None, report)
+        return clean(rows, limit, report), vars(report)
 
     if isinstance(source, list):
         if split not in (None, "train", "test"):
             raise DataError(
                 f"Rows are split into train and test, by prompt: there is no {split!r}."
             )
-        rows, report = build("embedded rows", _numbered(source), split is not None)
+        rows, report = build("embedded rows", numbered(source), split is not None)
     elif (path := Path(source)).exists():
         from common.io.tables import file_rows, local_files
 
@@ -155,7 +58,7 @@ def _load(
         def from_hub() -> tuple[Dataset, dict]:
             name, by_prompt, found = hub.hub_split(hosted, split, streamed=limit is not None)
             title = f"{hosted} (split {name}, revision {hosted.revision[:12]})"
-            return build(title, _numbered(found), by_prompt)
+            return build(title, numbered(found), by_prompt)
 
         key = (str(hosted), hosted.revision, split, limit, read.__name__)
         rows, report = hub.kept(key, from_hub)

@@ -167,7 +167,7 @@ def test_shp_by_domain_with_its_own_splits(fake):
 
 
 def test_summaries_are_read_from_the_hubs_parquet_copy(fake):
-    """`main` holds a script; test is called validation; the other configuration has other columns."""
+    """`main` holds a script; test is called validation; `axis` has other columns."""
     train, report = load_pairs("openai/summarize_from_feedback", "train")
     test = load_pairs("openai/summarize_from_feedback", "test")[0]
     assert (len(train), len(test)) == (2, 1) and train["prompt"][0].startswith(

@@ -11,12 +11,10 @@ from typing import Any, NamedTuple
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 SCORE_RATIO = 2.0  # SHP: the better comment must have this many times the votes of the other one
-# The roles of chat messages. We have no third mark: the system speaks as the human.
-ROLES = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "model", "gpt", "bot"), "assistant"),
-}
+# Names of roles in chat messages. We have no third mark: the system speaks as the human.
+ROLES = {"system": "system", "developer": "system"}
+ROLES |= dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "model", "gpt", "bot"), "assistant")
 
 
 class DataError(ValueError):
@@ -77,34 +75,26 @@ def _number(value: Any) -> float | None:
     return None if isnan(number) else number
 
 
-def _message(name: str, message: Any) -> dict:
-    """One chat message of column `name`, with a role of ours."""
-    if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-        shown = str(message)[:60]
-        raise DataError(f"column {name} must hold messages with role and content, not {shown!r}.")
-    role, content = (
-        _text(message, part, f" of a message in {name}") for part in ("role", "content")
-    )
-    role = role.lower()
-    if role in ("tool", "function", "ipython") or message.get("tool_calls"):
-        raise Unusable("a call of a tool")
-    if role not in ROLES:
-        raise Unusable(f"unknown role {role[:20]!r}")
-    return {"role": ROLES[role], "content": content.strip()}
-
-
 def _messages(row: dict, name: str) -> list[dict]:
-    """A column of chat messages. A system message without text says nothing and is left out."""
-    found = [_message(name, message) for message in row[name] or []]
-    return [message for message in found if message["content"] or message["role"] != "system"]
+    """A column of chat messages, with our names of roles. An empty system message is left out."""
+    found = []
+    for message in row[name] or []:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            what = "messages with role and content"
+            raise DataError(f"column {name} must hold {what}, not {str(message)[:60]!r}.")
+        where = f" of a message in {name}"
+        role, content = _text(message, "role", where).lower(), _text(message, "content", where)
+        if role in ("tool", "function", "ipython") or message.get("tool_calls"):
+            raise Unusable("a call of a tool")
+        if role not in ROLES:
+            raise Unusable(f"unknown role {role[:20]!r}")
+        if content.strip() or ROLES[role] != "system":
+            found.append({"role": ROLES[role], "content": content.strip()})
+    return found
 
 
 def _joined(given: list[dict], before: list[dict]) -> list[dict]:
-    """What stands before an answer: the column `prompt`, and the turns in the answer's own column.
-
-    Where one contains the other, each turn counts once. Else the one must go on where the other
-    ends.
-    """
+    """The turns of the column `prompt` and those before the answer in its own column, each once."""
     if all(message in before for message in given):
         return before
     every = [*given, *before]
@@ -151,7 +141,7 @@ def from_transcripts(row: dict) -> dict[str, str]:
     if None in sides:
         asks = [name for name in row if name not in ("chosen", "rejected", "system")]
         asks = [name for name in asks if isinstance(row[name], str) and not any(sides)]
-        hint = f" (is it in {' or '.join(asks[:3])}? Rename that column to prompt)" if asks else ""
+        hint = f" (rename the column of the question to prompt: {', '.join(asks)}?)" if asks else ""
         raise Unusable(f"no assistant turn{hint}")
     if sides[0][0] != sides[1][0]:
         raise Unusable("prompts that differ")
@@ -175,8 +165,7 @@ def from_plain(row: dict) -> dict[str, str]:
 def from_messages(row: dict) -> dict[str, str]:
     """UltraFeedback binarized, and TRL's conversational rows: the sides are message lists.
 
-    The prompt is what comes before the last answer, the same on both sides, and the column `prompt`
-    (text or messages) where the lists lack it.
+    The column `prompt`, text or messages, counts where the lists lack its turns.
     """
     chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     if not chosen or not rejected:
@@ -215,8 +204,8 @@ def from_comparison(row: dict) -> dict[str, str]:
         raise Unusable("no choice between two summaries")
     if not (_text(info, "post") + _text(info, "article")).strip():
         raise Unusable("empty prompt")
-    marks = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: ", "post": "POST: "}
-    marks["article"] = "ARTICLE: "
+    marks = {"subreddit": "SUBREDDIT: r/", "title": "TITLE: "}
+    marks |= {"post": "POST: ", "article": "ARTICLE: "}
     lines = [mark + _text(info, name).strip() for name, mark in marks.items() if info.get(name)]
     better, worse = [_text(one, "text") for one in summaries][:: 1 if choice == 0 else -1]
     prompt = as_prompt("\n\n".join([*lines, "TL;DR:"]))
@@ -255,7 +244,8 @@ class Format(NamedTuple):
         return f"{self.name} ({', '.join(self.columns)}{' as message lists' if self.lists else ''})"
 
     def fits(self, row: dict) -> bool:
-        lists = any(isinstance(row.get(name), list) for name in self.columns)
+        kinds = {type(row.get(name)) for name in self.columns}
+        lists = list in kinds and kinds <= {list, type(None)}
         return row.keys() >= set(self.columns) and (lists or not self.lists)
 
 
@@ -288,7 +278,7 @@ def format_of(row: Any, formats: tuple[Format, ...] = PAIRS) -> Format:
     if formats is PAIRS and any(known.fits(row) for known in DEMONSTRATIONS):
         hint = "These rows are demonstrations, without a preference: name them in LAB_SFT_DATA."
     columns, known = ", ".join(map(str, row)), "; ".join(map(str, formats))
-    raise DataError(f"columns {columns} are of no known format. Known: {known}. {hint}")
+    raise DataError(f"the columns {columns} are of no known format. Known: {known}. {hint}")
 
 
 def _read(row: Any, formats: tuple[Format, ...], sides: tuple[str, ...]) -> dict[str, str]:

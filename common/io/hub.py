@@ -253,7 +253,7 @@ def at_commit(source: HubSource) -> HubSource:
 
 def _code() -> list[str]:
     """The code that decides what a cleaned row is."""
-    return [code_of(f"common.{name}") for name in ("data", "io.formats", "io.hub")]
+    return [code_of(f"common.{name}") for name in ("io.cleaning", "io.formats", "io.hub")]
 
 
 def kept(parts: tuple, build: Callable[[], tuple[Dataset, dict]]) -> tuple[Dataset, dict]:

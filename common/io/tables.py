@@ -50,7 +50,7 @@ def _json(text: str, listed: bool) -> Iterator[tuple[str, object]]:
                 raise json.JSONDecodeError("Expecting the next row", text, at)
             row, at = decoder.raw_decode(text, found.end())
         except json.JSONDecodeError as error:
-            where = f"line {error.lineno}: not valid JSON"
+            where = f"line {error.lineno if listed else line}: not valid JSON"
             raise ValueError(f"{where} ({error.msg}, column {error.colno}). Mend it.") from None
         except RecursionError:
             raise ValueError(f"line {line}: lists or objects are nested too deep.") from None
@@ -65,26 +65,24 @@ def _table(text: str, separator: str) -> Iterator[tuple[str, dict]]:
     csv.field_size_limit(2**27)  # whole dialogues are longer than the default of 128 kB
     shape = {"sep": separator, "header": None, "index_col": False, "skip_blank_lines": False}
     read = partial(pandas.read_csv, engine="python", dtype=str, keep_default_na=False, **shape)
-    try:
-        names = read(StringIO(text), nrows=1).iloc[0].tolist()
-        # One column more than there are names: a row that fills it has too many cells.
-        wide = range(len(names) + 1)
-        table = read(StringIO(text), names=wide, on_bad_lines=lambda cells: cells[: len(wide)])
-    except pandas.errors.ParserError as error:
+    names = read(StringIO(text), nrows=1).iloc[0].tolist()
+    _unique(names, "line 1: ")
+    wrong = f"not the {len(names)} cells of the first line. Put cells that hold a separator, a "
+    wrong += "quote or a line break in quotes, and close them."
+    try:  # one column more than there are names: a row that fills it has too many cells
+        table = read(StringIO(text), names=range(len(names) + 1))
+    except pandas.errors.ParserError:  # says no line of the file
         reader, line = csv.reader(StringIO(text), delimiter=separator, strict=True), 1
         with suppress(csv.Error):
-            for _ in reader:
+            while len(next(reader)) <= len(names):
                 line = reader.line_num + 1
-        raise ValueError(f"line {line}: {error}. Is a quote not closed?") from None
-    _unique(names, "line 1: ")
+        raise ValueError(f"line {line}: {wrong}") from None
     line = 1
     for row in table.itertuples(index=False, name=None):
         cells = [cell for cell in row if isinstance(cell, str)]
         if line > 1 and cells:  # not the names, not an empty line
             if len(cells) != len(names):
-                counts = f"{'more' if len(cells) > len(names) else 'fewer'} than {len(names)} cells"
-                hint = "Put cells that hold a separator or a line break in quotes."
-                raise ValueError(f"line {line}: {counts}, unlike the first line. {hint}")
+                raise ValueError(f"line {line}: {wrong}")
             yield f"line {line}", dict(zip(names, cells, strict=True))
         line += 1 + sum(cell.count("\n") for cell in cells)
 
