@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny import assert_same
+from tiny import assert_same, make_trainer, take_step
 
 from common import lab as runs
 from common import models
@@ -29,10 +29,11 @@ from common.io.files import read_metrics
 from common.judges import RewardJudge
 from common.lab import BrokenLineage, Lab, MissingRun
 from common.profiles import PROFILES
+from common.training import Session, Source, checkpoints
 from common.training import __main__ as train
-from common.training import checkpoints
 from common.training import train as train_stage
 from common.training import trainer as loop
+from common.training.held_out import HeldOut
 from common.training.signs import signs_of_over_optimisation
 from common.training.trainer import Trainer, TrainingError
 
@@ -49,30 +50,14 @@ def weights_file(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def make_trainer(lab, stage: str, folder: Path, dtype=torch.float32, **changes) -> Trainer:
-    """A trainer that is ready to step, outside `train`."""
-    recipe = replace(lab.profile.recipes[stage], **changes)
-    method = runs.stage_of(stage).method
-    rows = lab.train_pairs if runs.stage_of(stage).rows == "pairs" else lab.demonstrations
-    trainer = Trainer(lab, stage, recipe, rows.to_list(), lab.test_pairs.to_list(), folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # a reward model's new head
-        policy = models.load_model(
-            lab.source("sft"), lab.profile, reward_head=method == "reward"
-        ).to(dtype)
-    reference = models.freeze(lab.load("sft").to(dtype)) if method == "dpo" else None
-    trainer.build(policy, reference)
-    return trainer
-
-
 def interrupt(patch, before_step: int) -> None:
     """Ends the run as Ctrl-C does, before the step of this number."""
     whole = Trainer.step
 
-    def step(self):
-        if self.state["step"] + 1 == before_step:
+    def step(self, *batch):
+        if self.progress.step + 1 == before_step:
             raise KeyboardInterrupt
-        return whole(self)
+        return whole(self, *batch)
 
     patch.setattr(Trainer, "step", step)
 
@@ -179,15 +164,13 @@ def test_train_tokens_of_pairs_count_the_prompt_on_both_sides(lab):
 def test_steps_visit_every_row_once_an_epoch_in_a_new_order(lab, tmp_path):
     trainer = make_trainer(lab, "dpo", tmp_path)  # 40 rows, 5 steps an epoch
     epochs = [
-        [row for step in range(start, start + 5) for row in trainer.step_rows(step)]
+        [row for step in range(start, start + 5) for row in trainer.row_numbers(step)]
         for start in (0, 5)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert epochs[0] != epochs[1]
-    other = Trainer(
-        Lab(lab.profile, 1), "dpo", trainer.recipe, trainer.rows, trainer.held_out, tmp_path
-    )
-    assert other.step_rows(0) != trainer.step_rows(0)
+    other = make_trainer(lab, "dpo", tmp_path, seed=1)
+    assert other.row_numbers(0) != trainer.row_numbers(0)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing(lab, tmp_path):
@@ -195,7 +178,7 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing(lab, tmp_path):
     step.
     """
     trainer = make_trainer(lab, "dpo", tmp_path, lr=0.9e-3, epochs=2)
-    rates = [trainer.step()["lr"] for _ in range(10)]
+    rates = [take_step(trainer)["lr"] for _ in range(10)]
     assert_same(torch.tensor(rates), [0.0] + [0.9e-3 - 1e-4 * step for step in range(9)], 1e-9)
 
 
@@ -243,7 +226,13 @@ def test_dpo_raises_the_margin_of_the_pairs_it_trains_on(lab):
     """The same 8 pairs, 12 times over."""
     pairs = lab.data.train.select(range(8))
     run = train_stage(
-        lab, "dpo_plain", sweep="eight", pairs=pairs, epochs=12, lr=2e-3, evaluations=1
+        lab,
+        "dpo_plain",
+        sweep="eight",
+        source=Source(pairs=pairs),
+        epochs=12,
+        lr=2e-3,
+        evaluations=1,
     )
     assert run.metrics[-1]["margin"] > 0.2 and run.metrics[-1]["loss"] < LN2 - 0.05
 
@@ -262,7 +251,12 @@ def test_another_reference_shifts_the_start(lab):
     wrong reference.
     """
     run = train_stage(
-        lab, "dpo_plain", sweep="base-reference", reference="base", epochs=0.2, evaluations=1
+        lab,
+        "dpo_plain",
+        sweep="base-reference",
+        source=Source(reference="base"),
+        epochs=0.2,
+        evaluations=1,
     )
     assert run.record["reference"] == "base" and run.record["parent"] == "sft"
     assert abs(run.metrics[0]["held_out_loss"] - LN2) > 1e-4
@@ -271,13 +265,15 @@ def test_another_reference_shifts_the_start(lab):
 
 def test_dpo_through_lora_starts_at_ln_2_without_a_second_model(lab, monkeypatch):
     """A fresh adapter switched off is the reference. The finished model has plain, merged weights."""
-    built = []
-    build = Trainer.build
-    monkeypatch.setattr(
-        Trainer, "build", lambda self, *models: (built.append(models), build(self, *models))[1]
-    )
+    built, build = [], Trainer.__init__
+
+    def watched(self, task, accelerator, policy, reference, evaluate):
+        built.append(reference)
+        build(self, task, accelerator, policy, reference, evaluate)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
     run = train_stage(lab, "dpo_lora", nll_weight=0.0, lr=5e-3)
-    assert [reference for _, reference in built] == [None]
+    assert built == [None]
     assert_same(run.metrics[0]["held_out_loss"], LN2)
     assert_same(run.metrics[1]["loss"], LN2)
     assert run.metrics[-1]["held_out_loss"] != LN2
@@ -312,12 +308,12 @@ def test_the_nll_of_orpo_covers_the_prompt_where_the_recipe_says_so(lab, tmp_pat
     )
     parts = []
     with torch.no_grad():
-        for row in (trainer.rows[number] for number in trainer.step_rows(0)):
+        for row in (trainer.rows[number] for number in trainer.row_numbers(0)):
             prompt, chosen = tiny.naive_token_logps(
                 trainer.model, row["prompt_ids"], row["chosen_ids"]
             )
             parts += [prompt, chosen] if nll_on_prompt else [chosen]
-    logged = trainer.step()
+    logged = take_step(trainer)
     assert_same(logged["loss"], -torch.cat(parts).mean(), 1e-9)
     assert_same(logged["nll"], logged["loss"])
 
@@ -335,7 +331,13 @@ def test_a_reward_model_learns_pairs_that_are_easy_to_tell_apart(lab):
 
     train_pairs = lab.data.train.from_list(pairs(lab.data.train))
     run = train_stage(
-        lab, "reward", sweep="easy", pairs=train_pairs, lr=5e-3, epochs=4, evaluations=1
+        lab,
+        "reward",
+        sweep="easy",
+        source=Source(pairs=train_pairs),
+        lr=5e-3,
+        epochs=4,
+        evaluations=1,
     )
     judge = RewardJudge(
         run.model, lab.tokenizer, tokenize_pairs(pairs(lab.data.test), lab.tokenizer, 160)[0]
@@ -349,7 +351,7 @@ def test_a_reward_model_learns_pairs_that_are_easy_to_tell_apart(lab):
 def test_the_saved_reward_model_keeps_its_head(lab):
     run = train_stage(lab, "reward", sweep="head", epochs=0.4, evaluations=1)
     loaded = lab.load("reward", "head")
-    assert_same(loaded.score.weight.detach(), run.model.score.weight.detach())
+    assert_same(loaded.head.weight.detach(), run.model.head.weight.detach())
 
 
 def test_a_stage_without_its_parent_names_the_notebook(tmp_path, monkeypatch):
@@ -388,7 +390,7 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
     ("changed", "change"),
     [
         ("settings", lambda lab, patch: {"lr": 1e-5}),
-        ("data", lambda lab, patch: {"pairs": lab.data.train.select(range(30))}),
+        ("data", lambda lab, patch: {"source": Source(pairs=lab.data.train.select(range(30)))}),
         (
             "source",
             lambda lab, patch: patch.setattr(runs, "source_digest", lambda: "another") or {},
@@ -397,8 +399,8 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
             "versions",
             lambda lab, patch: patch.setattr(runs, "versions", lambda: {"torch": "3"}) or {},
         ),
-        ("parent", lambda lab, patch: {"parent": "base", "reference": "sft"}),
-        ("reference", lambda lab, patch: {"reference": "base"}),
+        ("parent", lambda lab, patch: {"source": Source("base", "sft")}),
+        ("reference", lambda lab, patch: {"source": Source(reference="base")}),
     ],
 )
 def test_a_change_makes_a_run_stale_and_is_named(lab, dpo, monkeypatch, capsys, changed, change):
@@ -437,10 +439,10 @@ def test_accumulation_equals_one_large_batch(lab, tmp_path, stage, changes):
     """
     large = make_trainer(lab, stage, tmp_path, torch.float64, micro_batch=8, lr=1e-3, **changes)
     small = make_trainer(lab, stage, tmp_path, torch.float64, micro_batch=3, lr=1e-3, **changes)
-    assert [len(batch["prompt_ids"]) for batch in small.micro_batches(list(range(8)))] == [3, 3, 2]
+    assert [len(batch["prompt_ids"]) for batch in small.micro_batches(small.rows[:8])] == [3, 3, 2]
     before = [parameter.detach().clone() for parameter in large.model.parameters()]
     for _ in range(3):
-        one, other = large.step(), small.step()
+        one, other = take_step(large), take_step(small)
         assert one.keys() == other.keys()
         for name in one:
             assert_same(one[name], other[name])
@@ -457,7 +459,7 @@ def test_a_micro_batch_of_one_is_checked_with_two_rows(lab, tmp_path, monkeypatc
     """How far mere batching moves a row in 16 bit is seen only where a batch has more than one."""
     seen = []
     monkeypatch.setattr(
-        loop, "checked_path", lambda model, batches: seen.extend(batches) or ("packed", "a test")
+        loop, "checked_path", lambda model, batches, _: seen.extend(batches) or ("packed", "a test")
     )
     train_stage(lab, "sft", sweep="ones", micro_batch=1, batch_size=4, epochs=0.1)
     assert [len(batch["prompt_ids"]) for batch in seen] == [2, 1]
@@ -467,7 +469,7 @@ def test_gradients_are_clipped(lab, tmp_path):
     """With a clip of 0 nothing moves but by weight decay, which is off."""
     trainer = make_trainer(lab, "sft", tmp_path, clip=0.0)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.step(), trainer.step()
+    take_step(trainer), take_step(trainer)
     assert all(
         torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True)
     )
@@ -491,7 +493,7 @@ def test_a_better_loss_sets_the_patience_back(lab, monkeypatch):
     """
     losses = dict(enumerate((9.0, 4.0, 5.0, 3.0, 5.0, 6.0, 7.0)))
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self: {"held_out_loss": losses[self.state["step"]]}
+        HeldOut, "measures", lambda self, trainer: {"held_out_loss": losses[trainer.progress.step]}
     )
     run = train_stage(lab, "sft", sweep="patience", evaluations=7, patience=2, keep_best=False)
     assert run.record["stopped_early"] and (run.record["steps"], run.record["best_step"]) == (5, 3)
@@ -509,12 +511,12 @@ def test_keep_best_ends_with_the_weights_of_the_best_evaluation(lab, monkeypatch
     """Held-out losses 4, 2, 3 at steps 2, 4, 6 of 6: the best is step 4, the last step 6."""
     seen = {}
 
-    def evaluate(self):
-        step = self.state["step"]
-        seen[step] = self.model.transformer.wte.weight.detach().clone()
+    def evaluate(self, trainer):
+        step = trainer.progress.step
+        seen[step] = trainer.model.transformer.wte.weight.detach().clone()
         return {"held_out_loss": {0: 9.0, 2: 4.0, 4: 2.0, 6: 3.0}[step]}
 
-    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(HeldOut, "measures", evaluate)
     sweep = f"best-{keep_best}"
     run = train_stage(
         lab, "sft", sweep=sweep, batch_size=9, epochs=1, evaluations=3, keep_best=keep_best
@@ -592,7 +594,7 @@ def test_while_the_loss_rises_the_held_out_signs_are_silent():
 
 def test_warnings_are_kept_in_the_record(lab, monkeypatch):
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self: {"held_out_loss": 1.0, "held_out_kl": 21.0}
+        HeldOut, "measures", lambda self, trainer: {"held_out_loss": 1.0, "held_out_kl": 21.0}
     )
     run = train_stage(lab, "sft", sweep="warned", epochs=0.4, evaluations=1, keep_best=False)
     assert [warning.split(" nats")[0] for warning in run.record["warnings"]] == [
@@ -606,15 +608,15 @@ def test_warnings_are_kept_in_the_record(lab, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monkeypatch):
     """Step 2 of 8 rows: the message names both, and the weights are still those of step 1."""
     trainer = make_trainer(lab, "dpo", tmp_path, lr=1e-3)
-    trainer.step()
+    take_step(trainer)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     whole = trainer.loss
     monkeypatch.setattr(
         trainer, "loss", lambda *args: (whole(*args)[0] * math.nan, whole(*args)[1])
     )
     with pytest.raises(TrainingError) as failure:
-        trainer.step()
-    rows = trainer.step_rows(1)
+        take_step(trainer)
+    rows = trainer.row_numbers(1)
     assert f"not finite at step 2 (rows {rows})" in str(failure.value) and len(rows) == 8
     assert "'loss': nan" in str(failure.value) and "weights are still those of step 1" in str(
         failure.value
@@ -624,10 +626,30 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monke
     )
 
 
+def test_an_odds_ratio_that_is_not_finite_does_not_blame_the_text(lab, tmp_path, monkeypatch):
+    """The NLL is finite, so the rows are sound: the message names the term and the remedy."""
+    trainer = make_trainer(lab, "orpo", tmp_path)
+    loss, metrics = trainer.loss(*trainer.micro_batches(trainer.next_batch()), 8, 100)
+    broken = metrics | {"odds_ratio_loss": torch.tensor(math.inf)}
+    monkeypatch.setattr(trainer, "loss", lambda *_: (loss * math.inf, broken))
+    monkeypatch.setattr(trainer, "count_flops", lambda *_: {"simple": 1.0})
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda _: None)
+    with pytest.raises(TrainingError, match="Not finite: loss, odds_ratio_loss.*lower lambda_or"):
+        trainer.backward(trainer.next_batch())
+
+
 def test_a_learning_rate_that_blows_up_stops_the_run(lab):
     """Nothing is saved as finished, and the checkpoint before it stays."""
     with pytest.raises(TrainingError, match=r"not finite at step \d"):
-        train_stage(lab, "sft", sweep="nan", lr=1e30, evaluations=1, checkpoint_every=1, warmup=0.0)
+        train_stage(
+            lab,
+            "sft",
+            sweep="nan",
+            lr=1e30,
+            evaluations=1,
+            session=Session(checkpoint_every=1),
+            warmup=0.0,
+        )
     with pytest.raises(MissingRun):
         lab.record("sft", "nan")
     assert checkpoints.newest(lab.path("sft", "nan")) is not None
@@ -672,12 +694,14 @@ def test_a_resumed_run_is_bit_identical(lab, uninterrupted, stage, before_step, 
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, before_step)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, stage, sweep=sweep, checkpoint_every=every, **settings)
+            train_stage(
+                lab, stage, sweep=sweep, session=Session(checkpoint_every=every), **settings
+            )
     saved = checkpoints.newest(lab.path(stage, sweep))
     assert (checkpoints.read_state(saved)["step"] if saved else 0) == (
         before_step - 1
     ) // every * every
-    resumed = train_stage(lab, stage, sweep=sweep, resume=True, checkpoint_every=every, **settings)
+    resumed = train_stage(lab, stage, sweep=sweep, session=Session(True, every), **settings)
     assert weights_file(resumed.folder) == weights_file(whole.folder)
     assert read_metrics(resumed.folder) == read_metrics(whole.folder)
     measured = {"wall_seconds", "cpu_seconds", "evaluation_seconds", "peak_memory_bytes"}
@@ -704,9 +728,9 @@ def test_a_resumed_run_is_bit_identical_with_dropout_too(lab, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, before_step=5)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
+            train_stage(lab, "sft", sweep="broken-dropout", session=Session(checkpoint_every=3))
     torch.manual_seed(99)
-    resumed = train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
+    resumed = train_stage(lab, "sft", sweep="broken-dropout", session=Session(checkpoint_every=3))
     assert (
         weights_file(resumed.folder) == weights_file(whole.folder) != weights_file(lab.path("sft"))
     )
@@ -779,8 +803,8 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(lab, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         interrupt(patch, before_step=3)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, "sft", sweep="other", checkpoint_every=1)
-    run = train_stage(lab, "sft", sweep="other", lr=1e-4, checkpoint_every=1)
+            train_stage(lab, "sft", sweep="other", session=Session(checkpoint_every=1))
+    run = train_stage(lab, "sft", sweep="other", lr=1e-4, session=Session(checkpoint_every=1))
     said = capsys.readouterr().out
     assert "of other settings or data; starting anew" in said and "resumed" not in said
     assert [row["step"] for row in run.metrics] == list(range(8))
@@ -791,8 +815,8 @@ def test_without_resume_a_run_starts_anew(lab, uninterrupted, monkeypatch, capsy
     with monkeypatch.context() as patch:
         interrupt(patch, before_step=3)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, "reward", sweep="anew", checkpoint_every=1)
-    run = train_stage(lab, "reward", sweep="anew", resume=False)
+            train_stage(lab, "reward", sweep="anew", session=Session(checkpoint_every=1))
+    run = train_stage(lab, "reward", sweep="anew", session=Session(resume=False))
     assert "resumed" not in capsys.readouterr().out
     assert weights_file(run.folder) == weights_file(whole.folder)
 
@@ -819,7 +843,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(lab, uninterrupted, m
     with monkeypatch.context() as patch:
         fill_disk(patch, at_call=3)
         with pytest.raises(checkpoints.CheckpointError) as failure:
-            train_stage(lab, "reward", sweep="full", checkpoint_every=1)
+            train_stage(lab, "reward", sweep="full", session=Session(checkpoint_every=1))
     said = str(failure.value)
     assert "checkpoint of step 3 was not written" in said and "No space left on device" in said
     assert (
@@ -839,15 +863,15 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(lab, monkey
     with pytest.raises(
         checkpoints.CheckpointError, match="step 1 was not written.*There is none before it"
     ):
-        train_stage(lab, "reward", sweep="full at once", checkpoint_every=1)
+        train_stage(lab, "reward", sweep="full at once", session=Session(checkpoint_every=1))
 
 
 def test_a_new_checkpoint_replaces_the_old_one(lab, tmp_path):
     """Only the newest is kept, and it holds what a resumed run needs."""
     trainer = make_trainer(lab, "sft", tmp_path)
     for _ in range(2):
-        trainer.step()
-        checkpoints.save(trainer.accelerator, tmp_path, trainer.state)
+        take_step(trainer)
+        checkpoints.save(trainer.accelerator, tmp_path, asdict(trainer.progress))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
     names = {path.name for path in (tmp_path / "checkpoint-00000002").iterdir()}
     assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"} <= names
@@ -893,7 +917,9 @@ def test_a_file_where_the_run_folder_should_be_is_named_with_what_to_do(
 def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
     """The loss of a step is of the weights before it: only the held-out loss sees the last update."""
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0}
+        HeldOut,
+        "measures",
+        lambda self, trainer: {"held_out_loss": math.nan if trainer.progress.step else 1.0},
     )
     with pytest.raises(TrainingError, match="held-out loss is not finite after step"):
         train_stage(lab, "sft", sweep="nan-at-the-end", evaluations=1, keep_best=False)
