@@ -47,13 +47,17 @@ def _held_out(text: str) -> bool:
 
 
 def numbered(rows: Iterable) -> Iterator[tuple[str, object]]:
+    """(place, row) of rows that come from no file."""
     return ((f"row {number}", row) for number, row in enumerate(rows, 1))
 
 
 def usable(rows: Iterable, read: Callable, split: str | None, report: CleaningReport) -> Iterator:
-    """The rows that can be read, counted in `report`. `split`: only its share of the prompts."""
+    """The texts of (place, row) pairs, counted in `report`. `split`: only its share of the prompts.
+
+    Raises: DataError with the place, for a row that no format fits.
+    """
     for place, row in rows:
-        texts, reason = {"prompt": str(row)}, None
+        texts, reason = None, ""
         try:
             texts = read(row)
         except Unusable as error:
@@ -61,13 +65,13 @@ def usable(rows: Iterable, read: Callable, split: str | None, report: CleaningRe
         except DataError as error:
             raise DataError(f"{place}: {error}") from None
         # The prompt decides on the side of the split; the whole row, where it has no prompt.
-        if split and _held_out(texts["prompt"]) != (split == "test"):
+        if split and _held_out(texts["prompt"] if texts else str(row)) != (split == "test"):
             continue
         report.rows += 1
-        if reason:
-            report.dropped[reason] += 1
-        else:
+        if texts:
             yield texts
+        else:
+            report.dropped[reason] += 1
 
 
 def clean(rows: Iterator[dict], limit: int | None, report: CleaningReport) -> Dataset:

@@ -121,9 +121,10 @@ def _asked(row: dict) -> str:
     if row.get("history"):
         raise Unusable("earlier turns in a column history: write them into the prompt")
     columns = ("prompt",) if "prompt" in row else ("instruction", "input")
-    parts = [_text(row, name).strip() for name in columns]
-    none = ("", "noinput", "no input")
-    prompt = as_prompt("\n\n".join(p for p in parts if p.lower().strip("<>.") not in none))
+    texts = {name: _text(row, name).strip() for name in columns}
+    if texts.get("input", "").lower().strip("<>.") in ("noinput", "no input"):
+        del texts["input"]
+    prompt = as_prompt("\n\n".join(filter(None, texts.values())))
     if (turns := messages_of(prompt)) and turns[-1]["role"] == "assistant":
         raise Unusable("the prompt ends with an answer")
     return prompt
