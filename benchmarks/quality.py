@@ -73,6 +73,9 @@ def summarise_quality(profile: str, arms: dict[str, list[dict]]) -> dict:
     seeds = arms[DEFAULT.name]
     summary = summarise_seeds(seeds)
     checks = check_thresholds(quality_thresholds(profile, seeds, summary, others))
+    for report in (summary, *others.values(), *seeds):
+        for rate in report["win_rate"].values():
+            rate.pop("points", None)  # the rate on each prompt: thousands of numbers
     return summary | {"reports": seeds, "arms": others, "thresholds": checks}
 
 

@@ -320,6 +320,7 @@ def test_the_quality_benchmark_writes_its_table_and_thresholds(trained, tmp_path
     assert "| ORPO: FLOPs over those of SFT + DPO | 0.545 | ≥ 0.5 | met |" in out
     kept = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))["profiles"]
     assert [len(each["thresholds"]) for each in kept.values()] == [18, 2]
+    assert '"points"' not in json.dumps(kept)
 
 
 def test_a_missed_threshold_of_quality_is_the_status(trained, capsys):
