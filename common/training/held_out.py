@@ -16,8 +16,6 @@ from common.evaluation import Answer, generate, logps_of
 from common.judges import RuleJudge, head_to_head, reward_objective
 from common.logprobs import PairLogps
 
-SAMPLED_PROMPTS = 64  # held-out prompts answered at every evaluation, for KL and win rate
-
 
 @torch.no_grad()
 def measures(trainer) -> dict[str, float]:
