@@ -43,7 +43,7 @@ from common.judges import Judge, RewardJudge, RuleJudge, head_to_head
 from common.lab import BrokenLineage, Lab, stage_of
 from common.profiles import Profile
 from common.toyworld import World
-from common.training import Run, train
+from common.training import Run, Source, train
 
 MAIN_STAGES = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")  # of the main comparison
 CONTRAST = ("sft", "orpo_lambda0", "dpo", "orpo")  # of an arm with other pairs
@@ -128,7 +128,7 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, Run]:
             dict(change for name, change in arm.changes if name == stage),
             arm.run_of(stage),
         )
-        own = {"pairs": pairs} if stage_of(stage).rows == "pairs" else {}
+        own = {"source": Source(pairs=pairs)} if stage_of(stage).rows == "pairs" else {}
         # A run of an arm is only measured at its end: held-out measures along the way would cost as
         # much again.
         quiet = {"evaluations": 1} if sweep else {}
