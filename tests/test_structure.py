@@ -97,9 +97,10 @@ def imports(source: str, known: dict[str, Path], lazy: bool = True) -> set[str]:
     for node in statements(parsed(source), lazy):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
-        else:
+        else:  # `from common import data` names a module; `from common.data import x` does not
             assert not node.level, f"a relative import: {ast.unparse(node)}"
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            inner = [f"{node.module}.{alias.name}" for alias in node.names]
+            names |= {name if name in known else node.module for name in inner}
     return {name for name in names if name in known}
 
 
@@ -234,10 +235,11 @@ def no_import_runs_back_up(root: Path) -> list[str]:
 
 def no_import_goes_in_a_circle(root: Path) -> list[str]:
     edges = graph(root)
+    around = {name: behind(found, edges) for name, found in edges.items()}
     return [
-        f"{name} imports itself, by way of {', '.join(sorted(found))}"
-        for name, found in edges.items()
-        if name in behind(found, edges)
+        f"{name} is in a circle with {', '.join(sorted(n for n in found if name in around[n]))}"
+        for name, found in around.items()
+        if name in found
     ]
 
 
