@@ -30,13 +30,11 @@ from nbconvert.filters import strip_ansi
 from tqdm import tqdm
 
 from common.io.files import write_json
-from common.profiles import Profile, get_profile
+from common.profiles import ROOT, Profile, get_profile
 from tools.machine import describe_machine
-from tools.readme_table import RESULTS, measured
+from tools.readme_table import timing_text
 from tools.results_table import results_table
-
-ROOT = Path(__file__).resolve().parents[1]
-PATHS = ("LAB_RUNS", "LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA")  # variables that may hold a path
+from tools.tables import RESULTS_FOLDER
 
 
 class LabFailed(Exception):
@@ -143,7 +141,7 @@ def run_all(notebooks: list[Path], folder: Path, in_place: bool = False) -> dict
                 raise LabFailed(f"{label} prints a path of this machine, {ROOT}: see {copy}")
             nbformat.write(notebook, source)
         timings[f"{lab}/{source.name}"] = timing
-        print(f"{label}  {measured(timing)}", flush=True)
+        print(f"{label}  {timing_text(timing)}", flush=True)
     return timings
 
 
@@ -165,24 +163,21 @@ def old_runs(profile: Profile, seed: int) -> list[Path]:
     return stages + [path for path in seeds if path.exists()]
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the notebooks of the course in order.")
     add = parser.add_argument
     add("parts", nargs="*", help="only notebooks with one of these in their path: Lab-1.7, 02-")
     add("--in-place", action="store_true", help="write outputs into the notebooks themselves too")
     add("--fresh", action="store_true", help="remove the profile's run folder first")
-    add("--record", action="store_true", help=f"keep the times in {RESULTS.name}")
-    return parser.parse_args(arguments)
-
-
-def main(arguments: list[str] | None = None) -> int:
-    options = parse(arguments)
+    add("--record", action="store_true", help="keep the times in notebooks.json")
+    options = parser.parse_args(arguments)
     sys.stdout.reconfigure(errors="replace")  # a Windows console may not know every character
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends a run as Ctrl-C does
     os.environ.pop(
         "MPLBACKEND", None
     )  # a kernel shows its figures inline unless this says otherwise
-    for name in PATHS:  # kernels run in other folders than this script
+    for name in ("LAB_RUNS", "LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA"):
+        # may hold a path; kernels run in other folders than this script
         value = os.environ.get(name)
         if value and (name == "LAB_RUNS" or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())
@@ -213,10 +208,10 @@ def main(arguments: list[str] | None = None) -> int:
     content = {"machine": describe_machine(), "notebooks": timings}
     write_json(folder / "notebooks" / "timing.json", content)
     if options.record:
-        record(RESULTS, profile, content)
+        record(RESULTS_FOLDER / "notebooks.json", profile, content)
         # the tables of the READMEs are made from this report of notebook 1.8-03
         report = json.loads((folder / "comparison.json").read_text(encoding="utf-8"))
-        record(RESULTS.with_name("comparison.json"), profile, report)
+        record(RESULTS_FOLDER / "comparison.json", profile, report)
     print(f"\n{results_table(folder)}")
     return 0
 
