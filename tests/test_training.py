@@ -626,6 +626,18 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monke
     )
 
 
+def test_an_odds_ratio_that_is_not_finite_does_not_blame_the_text(lab, tmp_path, monkeypatch):
+    """The NLL is finite, so the rows are sound: the message names the term and the remedy."""
+    trainer = make_trainer(lab, "orpo", tmp_path)
+    loss, metrics = trainer.loss(*trainer.micro_batches(trainer.next_batch()), 8, 100)
+    broken = metrics | {"odds_ratio_loss": torch.tensor(math.inf)}
+    monkeypatch.setattr(trainer, "loss", lambda *_: (loss * math.inf, broken))
+    monkeypatch.setattr(trainer, "count_flops", lambda *_: {"simple": 1.0})
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda _: None)
+    with pytest.raises(TrainingError, match="Not finite: loss, odds_ratio_loss.*lower lambda_or"):
+        trainer.backward(trainer.next_batch())
+
+
 def test_a_learning_rate_that_blows_up_stops_the_run(lab):
     """Nothing is saved as finished, and the checkpoint before it stays."""
     with pytest.raises(TrainingError, match=r"not finite at step \d"):
