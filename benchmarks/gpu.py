@@ -4,60 +4,50 @@ CUDA GPU.
 Every full-size profile, built from its configuration with random weights (no download), takes
 optimiser steps of SFT, DPO and ORPO by the course's packed and simple path and by TRL's trainer,
 each in a process of its own that gets no more memory than the cap (`benchmarks.gpu_part`). Writes
-benchmarks/results/gpu.json and ends with its table, with status 1 if a bar is missed. `--quick`
-tries the script on tiny models, on a CPU too: it judges and keeps nothing.
+benchmarks/results/gpu.json and ends with its table, with status 1 if a threshold is missed.
+`--quick` tries the script on tiny models, on a CPU too: it judges and keeps nothing.
 """
 
 import argparse
-import json
 import os
 import shutil
-import subprocess
 import sys
 import time
 from importlib.metadata import version
-from math import isnan
 from pathlib import Path
 from statistics import median
 
 import torch
 
-from benchmarks.bars import judged
-from benchmarks.gpu_part import PATHS, full_length
-from benchmarks.step import resumable, say
+from benchmarks.gpu_part import full_length
+from benchmarks.measure import say
+from benchmarks.step import resumable
+from benchmarks.thresholds import check_thresholds
 from benchmarks.variants import LENGTHS
 from common.io.files import write_json
-from common.memory import METHODS
+from common.memory.forecast import FORECAST_METHODS, GPU_RESULTS
+from common.memory.measured import json_of_process
 from common.memory.simulate import predict
 from common.models import is_tiny
-from common.profiles import PROFILES, Profile, device_and_precision
-from tools.bench_table import gpu_markdown
+from common.profiles import PROFILES, ROOT, Profile, device_and_precision
+from tools.bench_table import GPU_PATHS, gpu_markdown
 from tools.machine import describe_machine
 
-RESULTS = Path(__file__).parent / "results" / "gpu.json"
-DONE = Path(__file__).parents[1] / "runs" / "bench-gpu"  # parts of an unfinished run, for --resume
+GPU_DONE = ROOT / "runs" / "bench-gpu"  # parts of an unfinished run, for --resume
 # rows of HH-RLHF's train split, all subsets, before cleaning: the dataset's page on the hub
 HH_PAIRS = 160_800
 JUDGED = ("gpt2", "qlora-7b")
-PEAK_BYTES, OFF = 15e9, 0.15  # the bars: peak memory, and how far the prediction may be from it
-
-
-def full_size() -> list[str]:
-    """Names of the profiles with a model of the hub."""
-    return [name for name, profile in PROFILES.items() if not is_tiny(profile)]
+# The thresholds: peak memory, and how far the prediction may be from it.
+MOST_GB, MOST_OFF = 15.0, 0.15
 
 
 def predicted_bytes(profile: Profile, method: str, path: str) -> int:
     """Predicted peak of training with all rows at full length, evaluations and the first step
-    included.
-
-    In that step operations are counted, by the simple path too.
+    included, in which operations are counted, by the simple path too.
     """
     dtype = device_and_precision()[1]
-    return max(
-        predict(profile, method, path, dtype).peak,
-        predict(profile, method, "simple", dtype).phases["step"],
-    )
+    simple = predict(profile, method, "simple", dtype).phases["step"]
+    return max(predict(profile, method, path, dtype).peak, simple)
 
 
 def steps_of(profile: Profile, method: str, pairs: int) -> int:
@@ -69,72 +59,54 @@ def steps_of(profile: Profile, method: str, pairs: int) -> int:
     return max(1, round(max(1, rows // recipe.batch_size) * recipe.epochs))
 
 
-def in_own_process(task: dict) -> dict:
-    """What the part found, or {"failed": its last words}: the other parts go on."""
-    command, root = (
-        [sys.executable, "-m", "benchmarks.gpu_part"],
-        Path(__file__).resolve().parents[1],
-    )
-    # With several GPUs in sight TRL's trainer would spread its batches over them.
-    one = os.environ | {
-        "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    }
-    done = subprocess.run(
-        command, input=json.dumps(task), capture_output=True, text=True, cwd=root, env=one
-    )
-    if done.returncode:
-        words = done.stderr.strip().splitlines()[-1:] or [
-            "it said nothing: perhaps the machine's memory ran out"
-        ]
-        return {"failed": words[0]}
-    return json.loads(done.stdout.splitlines()[-1])
+def measure_task(task: dict) -> dict:
+    """What a part took: its peak over all phases, and where it has steps, seconds and tokens.
 
-
-def measure(task: dict) -> dict:
-    """A part and what follows from it: its peak over all phases, and where it has steps, seconds
-    and tokens.
+    {"failed": its last words} where it ended with an error: the other parts go on.
     """
-    found = in_own_process(task)
-    if found.get("peaks") and not found["out_of_memory"]:
-        seconds = {kind: median(each) for kind, each in found["seconds"].items()}
-        found |= {
-            "peak_bytes": max(found["peaks"].values()) + found["paged"],
-            "step_seconds": seconds,
-            "tokens_per_second": {
-                kind: found["tokens"][kind] / each for kind, each in seconds.items()
-            },
-        }
+    # With several GPUs in sight TRL's trainer would spread its batches over them.
+    one = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    try:
+        found = json_of_process(
+            "benchmarks.gpu_part", task, environment={"CUDA_VISIBLE_DEVICES": one}
+        )
+    except RuntimeError as error:
+        return {"failed": str(error)}
+    if found["peaks"] and not found["out_of_memory"]:
+        seconds = {kind: median(times) for kind, times in found["seconds"].items()}
+        speeds = {kind: found["tokens"][kind] / each for kind, each in seconds.items()}
+        peak = max(found["peaks"].values()) + found["paged"]
+        found |= {"peak_bytes": peak, "step_seconds": seconds, "tokens_per_second": speeds}
     return found
 
 
 def in_words(found: dict) -> str:
+    """One line about a part."""
     if "failed" in found:
         return f"failed: {found['failed']}"
     if found["out_of_memory"]:
         return f"does not fit ({found['out_of_memory']})"
-    return (
-        f"peak {found['peak_bytes'] / 1e9:.2f} GB, {found['step_seconds']['sample']:.2f} s a step"
-    )
+    seconds = found["step_seconds"]["sample"]
+    return f"peak {found['peak_bytes'] / 1e9:.2f} GB, {seconds:.2f} s a step"
 
 
 def parts_folder(options: argparse.Namespace) -> Path:
-    return DONE / ("quick" if options.quick else f"{options.cap_gb:g} GB")
+    return GPU_DONE / ("quick" if options.quick else f"{options.cap_gb:g} GB")
 
 
 def measure_profile(name: str, options: argparse.Namespace) -> dict:
     """All methods and paths of a profile."""
     profile, methods = PROFILES[name], {}
     pairs = profile.pairs or HH_PAIRS
-    for method in METHODS:
+    for method in FORECAST_METHODS:
         recipe, parts = profile.recipes[method], {}
-        for path in PATHS:
+        for path in GPU_PATHS:
             task = {"profile": name, "method": method, "path": path, "quick": options.quick}
             task["cap_bytes"] = int(options.cap_gb * 1e9)
-            kept = parts_folder(options)
-            part = f"{name}-{method}-{path}"
-            parts[path] = found = resumable(part, options.resume, measure, task, folder=kept)
+            file = parts_folder(options) / f"{name}-{method}-{path}.json"
+            parts[path] = found = resumable(file, options.resume, measure_task, task)
             if "failed" in found:  # may be mended before the run goes on
-                (kept / f"{part}.json").unlink()
+                file.unlink()
             if path != "trl" and not options.quick:  # which has other sizes than the profile
                 found["predicted_bytes"] = predicted_bytes(profile, method, path)
             say(f"{name}, {method}, {path}: {in_words(found)}")
@@ -146,43 +118,32 @@ def measure_profile(name: str, options: argparse.Namespace) -> dict:
             "batch_size": recipe.batch_size,
             "micro_batch": recipe.micro_batch,
         }
-    return {
-        "model": profile.model,
-        "pairs": pairs,
-        "max_length": profile.max_length,
-        "full_length": full_length(profile),
-        "four_bit": profile.four_bit,
-        "lora": profile.lora,
-        "optimizer": profile.optimizer,
-        "methods": methods,
-    }
+    settings = ("model", "max_length", "four_bit", "lora", "optimizer")
+    found = {setting: getattr(profile, setting) for setting in settings}
+    return found | {"pairs": pairs, "full_length": full_length(profile), "methods": methods}
 
 
-def gpu_bars(results: dict) -> list[dict]:
+def gpu_thresholds(results: dict) -> list[dict]:
     """That the course's own path fits, and that its memory was predicted. What was not measured or
     predicted misses.
     """
-    bars = []
+    limits = []
     for name in JUDGED:
         for method, part in results["profiles"][name]["methods"].items():
-            found = part["paths"][part["path"]]
-            peak, predicted = (
-                found.get("peak_bytes", float("nan")),
-                found.get("predicted_bytes") or float("nan"),
-            )
-            bars += [
-                (f"{name}, {method}: peak memory in GB", peak / 1e9, "<=", PEAK_BYTES / 1e9),
-                (f"{name}, {method}: prediction off by", abs(predicted / peak - 1), "<=", OFF),
-            ]
-    found = judged(bars)
-    return [
-        bar | {"measured": None if isnan(bar["measured"]) else bar["measured"]} for bar in found
-    ]
+            found, nothing = part["paths"][part["path"]], float("nan")
+            peak = found.get("peak_bytes", nothing)
+            predicted = found.get("predicted_bytes") or nothing
+            off = abs(predicted / peak - 1)
+            limits.append((f"{name}, {method}: peak memory in GB", peak / 1e9, "<=", MOST_GB))
+            limits.append((f"{name}, {method}: prediction off by", off, "<=", MOST_OFF))
+    return check_thresholds(limits)
 
 
-def run(options: argparse.Namespace) -> dict:
+def run_gpu(options: argparse.Namespace) -> dict:
+    """Every full-size profile, and what it was measured on."""
     machine, (device, precision, why) = describe_machine(), device_and_precision()
     machine["versions"] |= {name: version(name) for name in ("bitsandbytes", "peft", "accelerate")}
+    profiles = [name for name, profile in PROFILES.items() if not is_tiny(profile)]
     return {
         "machine": machine,
         "device": device,
@@ -191,7 +152,7 @@ def run(options: argparse.Namespace) -> dict:
         "cap_gb": options.cap_gb,
         "gpu_bytes": torch.cuda.get_device_properties(0).total_memory if device == "cuda" else 0,
         "lengths": LENGTHS.name,
-        "profiles": {name: measure_profile(name, options) for name in full_size()},
+        "profiles": {name: measure_profile(name, options) for name in profiles},
     }
 
 
@@ -203,35 +164,29 @@ def main(arguments: list[str] | None = None) -> int:
         "--cap-gb", type=float, default=16, help="memory of the GPU to stand for, in 1e9 bytes (16)"
     )
     parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="tiny models, to try the script: judges and keeps nothing",
+        "--quick", action="store_true", help="tiny models, to try the script: keeps nothing"
     )
     parser.add_argument(
         "--resume", action="store_true", help="go on where a run with the same options was stopped"
     )
-    options = parser.parse_args(arguments)
+    options, start = parser.parse_args(arguments), time.perf_counter()
     if not (torch.cuda.is_available() or options.quick):
-        print(
-            "No CUDA GPU is here, so nothing was measured; --quick tries the script on a CPU.",
-            file=sys.stderr,
-        )
+        missing = "No CUDA GPU is here, so nothing was measured; --quick tries the script on a CPU."
+        print(missing, file=sys.stderr)
         return 2
-    start, kept = time.perf_counter(), parts_folder(options)
     if not options.resume:
-        shutil.rmtree(kept, ignore_errors=True)
-    results = run(options)
-    shutil.rmtree(kept, ignore_errors=True)
-    results |= {
-        "bars": [] if options.quick else gpu_bars(results),
-        "wall_seconds": time.perf_counter() - start,
-    }
+        shutil.rmtree(parts_folder(options), ignore_errors=True)
+    results = run_gpu(options)
+    shutil.rmtree(parts_folder(options), ignore_errors=True)
+    seconds = time.perf_counter() - start
+    checks = [] if options.quick else gpu_thresholds(results)
+    results |= {"thresholds": checks, "wall_seconds": seconds}
     if not options.quick:
-        write_json(RESULTS, results)
+        write_json(GPU_RESULTS, results)
     note = "; tiny models, so the figures below say nothing of a GPU" if options.quick else ""
-    say(f"took {results['wall_seconds'] / 60:.1f} minutes{note}")
+    say(f"took {seconds / 60:.1f} minutes{note}")
     print(f"\n{gpu_markdown(results)}")
-    return int(not all(bar["met"] for bar in results["bars"]))
+    return int(not all(check["met"] for check in checks))
 
 
 if __name__ == "__main__":

@@ -1,31 +1,34 @@
 """One part of `benchmarks.gpu`, in a process of its own: a profile, a method, and the course's step
 or TRL's.
 
-The course's step is that of `common.loop.Trainer`, TRL's that of its own `train()`: with
-accumulation over micro-batches, clipping, optimiser and schedule. Reads a task as JSON from stdin,
-prints what it found as JSON.
+The course's step is that of `common.training.trainer.Trainer`, TRL's that of its own `train()`:
+with accumulation over micro-batches, clipping, optimiser and schedule. Reads a task as JSON from
+stdin, prints what it found as JSON.
 """
 
 import json
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
-from transformers import GPT2Config, LlamaConfig, TrainerCallback
+from transformers import LlamaConfig, TrainerCallback
 
-from benchmarks.measure import Peak
-from benchmarks.variants import LENGTHS, orpo_row, random_rows, spread, trl_trainer
+from benchmarks.measure import clocks
+from benchmarks.variants import orpo_row, random_rows, representative, stored_lengths, trl_trainer
+from common import models
+from common.evaluation import Sampling
 from common.memory.architectures import random_model
+from common.memory.meter import PeakMemory, give_back
 from common.memory.simulate import full_rows
-from common.models import frozen_copy, lora_settings
 from common.profiles import PROFILES, Profile, device_and_precision
+from common.training import processes
+from common.training.held_out import HeldOut
+from common.training.task import Task
 from common.training.trainer import Trainer
 
-PATHS = ("packed", "simple", "trl")
 REPEATS = 3  # timed steps, after one to warm up
 GONE = (torch.OutOfMemoryError, MemoryError)
 
@@ -36,36 +39,44 @@ class Found:
     the process.
     """
 
-    # the one that was taken: packed rows step aside where they do not give what simple rows give
-    path: str
+    path: (
+        str  # the one taken: packed rows step aside where they do not give the simple rows' values
+    )
     peaks: dict[str, int] = field(default_factory=dict)  # bytes allocated, by phase
     reserved: int = 0  # bytes that torch took from the GPU to give these
     paged: int = 0  # bytes of optimiser state in memory that CUDA moves, which torch does not count
-    # bytes in use on the GPU afterwards: those of the CUDA context, and of other programs, too
-    device_used: int = 0
-    seconds: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # of each timed step, by kind of rows
+    device_used: int = 0  # bytes in use afterwards, by the CUDA context and other programs too
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of each timed step, by rows
     tokens: dict[str, float] = field(default_factory=dict)  # of a step, by kind of rows
     out_of_memory: str = ""  # the phase that did not fit
+
+
+class phase(PeakMemory):
+    """Notes the peak of a block under its name, and the block's name if memory runs out in it."""
+
+    def __init__(self, found: Found, name: str):
+        self.found, self.name = found, name
+
+    def __enter__(self) -> "phase":
+        give_back()
+        return super().__enter__()
+
+    def __exit__(self, kind, *_) -> None:
+        super().__exit__()
+        self.found.peaks[self.name] = self.peak
+        if self.cuda:
+            self.found.reserved = max(self.found.reserved, torch.cuda.max_memory_reserved())
+        if kind and issubclass(kind, GONE):
+            self.found.out_of_memory = self.name
 
 
 def tiny_sizes(profile: Profile, folder: Path) -> Profile:
     """The profile with a model, lengths and batches that a CPU takes a moment for; all other
     settings are its own.
     """
-    sizes = {"vocab_size": 128, "max_position_embeddings": 64}
-    if profile.four_bit:
-        config = LlamaConfig(
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            **sizes,
-        )
-    else:
-        config = GPT2Config(vocab_size=128, n_positions=64, n_embd=32, n_layer=1, n_head=2)
-    config.save_pretrained(folder)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "max_position_embeddings": 64}
+    LlamaConfig(vocab_size=128, **sizes, **heads).save_pretrained(folder)
     recipes = {
         name: replace(recipe, batch_size=2, micro_batch=1)
         for name, recipe in profile.recipes.items()
@@ -86,26 +97,18 @@ def shortened(lengths: list[int], limit: int) -> list[int]:
 
 
 def rows_of(profile: Profile, count: int, vocabulary: int) -> dict[str, list[dict]]:
-    """So many pairs, at full length, and as long as those of the data
-    (`benchmarks/hh_lengths.json`).
-    """
-    stored = json.loads(LENGTHS.read_text(encoding="utf-8"))
-    sample = [
-        shortened(lengths, profile.max_length)
-        for lengths in spread(stored * (1 + count // len(stored)), count)
-    ]
-    return {
-        "full": random_rows([full_length(profile)] * count, vocabulary),
-        "sample": random_rows(sample, vocabulary),
-    }
+    """`count` pairs of full length, and as many as long as those of HH-RLHF."""
+    stored = stored_lengths()
+    drawn = representative(stored * (1 + count // len(stored)), count)
+    sample = [shortened(lengths, profile.max_length) for lengths in drawn]
+    full = [full_length(profile)] * count
+    return {"full": random_rows(full, vocabulary), "sample": random_rows(sample, vocabulary)}
 
 
-def tokens_per_step(rows: list[dict], sides: tuple[str, ...], steps: int) -> float:
+def tokens_per_step(rows: list[dict], sides: tuple[str, ...], steps: float) -> float:
     """Prompt and response of each side, as the loop counts them."""
-    return (
-        sum(len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in sides)
-        / steps
-    )
+    parts = [(row["prompt_ids"], row[f"{side}_ids"]) for row in rows for side in sides]
+    return sum(len(prompt) + len(response) for prompt, response in parts) / steps
 
 
 class Prompts:
@@ -123,48 +126,58 @@ class Prompts:
         return ""
 
 
-def clock(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def ours(
-    found: Found, profile: Profile, method: str, device: str, model, rows: dict[str, list[dict]]
-) -> None:
+def course_steps(found: Found, profile: Profile, method: str, model, rows: dict) -> None:
     """Steps of the course's loop, and one of its evaluations."""
-    recipe = replace(profile.recipes[method], path=found.path)
-    held_out = random_rows([full_length(profile)] * profile.eval_batch, model.config.vocab_size)
-    lab = SimpleNamespace(
-        profile=profile,
-        tokenizer=Prompts(full_length(profile)[0]),
-        seed=0,
-        test_pairs=held_out,
-        prompts=[""] * 10**3,
-        data=SimpleNamespace(world=None),
-        folder=None,
+    longest, device = full_length(profile), model.device.type
+    held_out = random_rows([longest] * profile.eval_batch, model.config.vocab_size)
+    answered = [""] * profile.sampled_prompts
+    sampling = Sampling(profile.max_new_tokens)
+    measured = HeldOut(held_out, held_out, answered, Prompts(longest[0]), sampling)
+    task = Task(
+        name=method,
+        method=method,
+        recipe=replace(profile.recipes[method], path=found.path),
+        rows=rows["full"],
+        folder=Path(),
+        shared=Path(),
+        longest=profile.max_length,
+        eval_batch=profile.eval_batch,
+        optimizer=profile.optimizer,
     )
-    trainer = Trainer(lab, method, recipe, rows["full"], held_out, None)
-    with phase(found, "preparation", device):
-        needs_copy = method == "dpo" and not profile.lora
-        trainer.build(model, frozen_copy(model) if needs_copy else None)
+    with phase(found, "preparation"):
+        reference = models.frozen_copy(model) if method == "dpo" and not profile.lora else None
+        policy = models.add_lora(model, profile) if profile.lora else model
+        if profile.gradient_checkpointing and not profile.four_bit:
+            plain = {"use_reentrant": False}
+            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
+        if method != "sft":
+            models.disable_dropout(policy)
+        accelerator = processes.new_accelerator()
+        trainer = Trainer(task, accelerator, policy, reference, measured.measures)
+
+    def take_step() -> None:
+        batch = trainer.next_batch()
+        trainer.step(batch, trainer.backward(batch))
+
     found.path = trainer.path
-    with phase(
-        found, "first step", device
-    ):  # in which operations are counted, by the simple path too
-        trainer.step()
+    with phase(found, "first step"):  # it counts operations too, also by the simple path
+        take_step()
     for kind, each in rows.items():
-        trainer.rows, found.seconds[kind] = each, []
-        found.tokens[kind] = tokens_per_step(each, trainer.sides, trainer.per_epoch)
-        with phase(found, f"steps, {kind}", device):
+        trainer.rows, ends = each, []
+        found.tokens[kind] = tokens_per_step(each, task.sides, trainer.per_epoch)
+        with phase(found, f"steps, {kind}"):
             for _ in range(REPEATS + 1):
-                start = clock(device)
-                trainer.step()
-                found.seconds[kind].append(clock(device) - start)
-        found.seconds[kind] = found.seconds[kind][1:]
+                take_step()
+                ends.append(clocks(device)[1])
+        found.seconds[kind] = durations(ends)
     found.paged = paged_bytes(trainer.optimizer)
-    with phase(found, "held-out evaluation", device):
-        trainer.evaluate()
+    with phase(found, "held-out evaluation"):
+        trainer.held_out_measures()
+
+
+def durations(ends: list[float]) -> list[float]:
+    """Seconds of each step but the first, from the times at which they ended."""
+    return [end - start for start, end in pairwise(ends)]
 
 
 def paged_bytes(optimizer) -> int:
@@ -172,24 +185,23 @@ def paged_bytes(optimizer) -> int:
     return sum(value.nbytes for value in state if getattr(value, "is_paged", False))
 
 
-class Watch(TrainerCallback):
+class StepTimes(TrainerCallback):
     """Notes when each step of a library's trainer ended."""
 
     def __init__(self, device: str):
         self.device, self.ends = device, []
 
     def on_step_end(self, *_, **__) -> None:
-        self.ends.append(clock(self.device))
+        self.ends.append(clocks(self.device)[1])
 
 
-def trl(
-    found: Found, profile: Profile, method: str, device: str, model, rows: dict[str, list[dict]]
-) -> None:
-    """Steps of TRL's trainer with the settings of the recipe."""
-    import datasets
-
+def trl_settings(profile: Profile, method: str, device: str) -> dict:
+    """The recipe as fields of TRL's configuration."""
     recipe, dtype = profile.recipes[method], device_and_precision()[1]
-    paged = profile.optimizer == "paged_adamw_8bit" and device == "cuda"
+    optimizer = "adamw_torch"
+    if device == "cuda":
+        paged = profile.optimizer == "paged_adamw_8bit"
+        optimizer = "paged_adamw_8bit" if paged else "adamw_torch_fused"
     settings = {
         "max_length": profile.max_length,
         "bf16": dtype == "bfloat16",
@@ -200,35 +212,39 @@ def trl(
         "max_steps": REPEATS + 1,
         "gradient_accumulation_steps": recipe.batch_size // recipe.micro_batch,
         "max_grad_norm": recipe.clip,
-        "optim": "paged_adamw_8bit"
-        if paged
-        else "adamw_torch_fused"
-        if device == "cuda"
-        else "adamw_torch",
+        "optim": optimizer,
         "save_strategy": "no",
         "logging_strategy": "no",
     }
     if method != "sft":
         settings["beta"] = recipe.lambda_or if method == "orpo" else recipe.beta
-    if settings["gradient_checkpointing"]:
+    if profile.gradient_checkpointing:
         settings["gradient_checkpointing_kwargs"] = {"use_reentrant": False}
     if method == "dpo" and recipe.nll_weight:
         settings |= {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, recipe.nll_weight]}
-    with phase(found, "preparation", device):
-        reference = frozen_copy(model) if method == "dpo" and not profile.lora else None
-        adapter = lora_settings(model, profile) if profile.lora else None
+    return settings
+
+
+def trl_steps(found: Found, profile: Profile, method: str, model, rows: dict) -> None:
+    """Steps of TRL's trainer with the settings of the recipe."""
+    import datasets
+
+    device = device_and_precision()[0]
+    with phase(found, "preparation"):
+        reference = models.frozen_copy(model) if method == "dpo" and not profile.lora else None
+        adapter = models.lora_settings(profile) if profile.lora else None
+        settings = trl_settings(profile, method, device)
         trainer = trl_trainer(method, model, reference, device, adapter, **settings)
     sides = ("chosen",) if method == "sft" else ("chosen", "rejected")
+    as_theirs = {"sft": sft_row, "dpo": dict, "orpo": orpo_row}[method]
     for kind, each in rows.items():
-        watch, as_theirs = Watch(device), {"sft": sft_row, "dpo": dict, "orpo": orpo_row}[method]
+        watch = StepTimes(device)
         trainer.train_dataset = datasets.Dataset.from_list([as_theirs(row) for row in each])
         trainer.add_callback(watch)
-        with phase(found, f"steps, {kind}", device):
+        with phase(found, f"steps, {kind}"):
             trainer.train()
         trainer.remove_callback(watch)
-        found.seconds[kind] = [
-            end - start for start, end in zip(watch.ends, watch.ends[1:], strict=False)
-        ]
+        found.seconds[kind] = durations(watch.ends)
         found.tokens[kind] = tokens_per_step(each, sides, REPEATS + 1)
     found.paged = paged_bytes(trainer.optimizer)
 
@@ -239,25 +255,9 @@ def sft_row(row: dict) -> dict:
     return {"input_ids": ids, "labels": [-100] * len(row["prompt_ids"]) + row["chosen_ids"]}
 
 
-class phase(Peak):
-    """Notes the peak of a block under its name, and the block's name if memory runs out in it."""
-
-    def __init__(self, found: Found, name: str, device: str):
-        super().__init__(device)
-        self.found, self.name = found, name
-
-    def __exit__(self, kind, *_) -> None:
-        super().__exit__()
-        self.found.peaks[self.name] = self.peak
-        if self.device == "cuda":
-            self.found.reserved = max(self.found.reserved, torch.cuda.max_memory_reserved())
-        if kind and issubclass(kind, GONE):
-            self.found.out_of_memory = self.name
-
-
-def measure(task: dict) -> dict:
-    """Args: `task`: profile, method, path (one of PATHS), quick, cap_bytes. Returns: `Found` as a
-    dict.
+def measure_part(task: dict) -> dict:
+    """Args: `task`: profile, method, path (packed, simple or trl), quick, cap_bytes. Returns:
+    `Found` as a dict.
     """
     device, found = device_and_precision()[0], Found(task["path"])
     if device == "cuda":
@@ -267,12 +267,13 @@ def measure(task: dict) -> dict:
         profile, method = PROFILES[task["profile"]], task["method"]
         if task["quick"]:
             profile = tiny_sizes(profile, Path(folder))
-        recipe = profile.recipes[method]
+        count = profile.recipes[method].batch_size * (REPEATS + 1)
+        take_steps = trl_steps if task["path"] == "trl" else course_steps
         try:
-            with phase(found, "building the model", device):
+            with phase(found, "building the model"):
                 model = random_model(profile, device)
-            rows = rows_of(profile, recipe.batch_size * (REPEATS + 1), model.config.vocab_size)
-            (trl if task["path"] == "trl" else ours)(found, profile, method, device, model, rows)
+            rows = rows_of(profile, count, model.config.vocab_size)
+            take_steps(found, profile, method, model, rows)
         except GONE:
             if not found.out_of_memory:
                 raise
@@ -283,4 +284,4 @@ def measure(task: dict) -> dict:
 
 
 if __name__ == "__main__":
-    print(json.dumps(measure(json.loads(sys.stdin.read()))))
+    print(json.dumps(measure_part(json.loads(sys.stdin.read()))))

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from common import models
-from common.memory.architectures import KNOWN, model_config, random_model
+from common.memory.architectures import KNOWN_MODELS, model_config, random_model
 from common.profiles import PROFILES
 
 SIZES = {
@@ -45,7 +45,7 @@ def test_a_known_architecture_has_the_published_number_of_parameters(source, mil
 def test_every_full_size_profile_is_known():
     assert {
         profile.model for profile in PROFILES.values() if not models.is_tiny(profile)
-    } <= KNOWN.keys()
+    } <= KNOWN_MODELS.keys()
 
 
 def test_rotation_and_window_are_those_of_the_model():

@@ -1,5 +1,5 @@
-"""The benchmarks' own arithmetic: bars that fail, tables made from results, wrong variants refused,
-lengths drawn.
+"""The benchmarks' own arithmetic: thresholds that are missed, tables made from results, wrong
+variants refused, lengths drawn.
 """
 
 import copy
@@ -9,10 +9,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import bars, measure, scaling, step, variants
+from benchmarks import measure, quality, step, thresholds, variants
 from benchmarks.correct import WrongVariant, errors_of_all
-from benchmarks.variants import VARIANTS, new_bench, random_rows, spread, with_reference_columns
-from tools.bench_table import scaling_markdown, step_markdown, step_summary
+from benchmarks.variants import (
+    STEP_VARIANTS,
+    new_bench,
+    random_rows,
+    representative,
+    with_reference_columns,
+)
+from tools.bench_table import step_markdown, step_summary
+from tools.tables import thresholds_table
 
 SIZE = {
     "layers": 2,
@@ -50,7 +57,8 @@ def measured(seconds: float, memory: int) -> dict:
 
 @pytest.fixture
 def results() -> dict:
-    """Packed takes 1 s and TRL 10 s; packed has a tenth of TRL's memory. All bars are met."""
+    """Packed takes 1 s and TRL 10 s; packed has a tenth of TRL's memory. All thresholds are
+    met."""
     seconds = {"trl": 10.0, "trl_compact": 4.0, "simple": 2.0, "packed": 1.0, "packed_cached": 0.7}
     part = {
         "matmul_speed": [1.1e9, 1.2e9],
@@ -85,25 +93,33 @@ def results() -> dict:
 
 
 def missed(results: dict) -> list[str]:
-    return [bar["what"] for bar in bars.step_bars(results) if not bar["met"]]
+    checks = thresholds.step_thresholds(results)
+    return [check["what"] for check in checks if not check["met"]]
 
 
-def test_every_bar_is_met_where_it_should_be(results):
+def test_every_threshold_is_met_where_it_should_be(results):
     """Speed 10 / 1 ≥ 4.5; memory 0.1 ≤ 0.2; 1e9 operations in 1 s over 1.2e9 a second = 0.83 ≥
     0.65.
     """
-    assert len(bars.step_bars(results)) == 15 and missed(results) == []
-    share = bars.share_of_matmul(results["sizes"]["gpt2"]["methods"]["dpo"], "packed", "cpu")
-    assert share == pytest.approx(1e9 / 1.0 / 1.2e9)
+    checks = {check["what"]: check["measured"] for check in thresholds.step_thresholds(results)}
+    assert len(checks) == 15 and missed(results) == []
+    assert checks["small, DPO: packed, times as fast as TRL compact"] == pytest.approx(4.0)
+    assert checks["GPT-2, DPO: packed, share of the matmul peak"] == pytest.approx(1e9 / 1.2e9)
 
 
-def test_where_memory_cannot_be_measured_the_other_bars_remain(results):
-    """As on macOS: 15 bars, 4 of them of memory."""
+def test_where_memory_cannot_be_measured_the_other_thresholds_remain(results):
+    """As on macOS: of 15 thresholds, 4 are of memory."""
     for size in results["sizes"].values():
         for part in size["methods"].values():
             for variant in part["variants"].values():
                 del variant["memory"]
-    assert len(bars.step_bars(results)) == 11 and missed(results) == []
+    assert len(thresholds.step_thresholds(results)) == 11 and missed(results) == []
+
+
+def test_what_was_not_measured_meets_nothing():
+    (check,) = thresholds.check_thresholds([("a", float("nan"), "<=", 1)])
+    assert not check["met"] and check["measured"] is None
+    assert "| a | not measured | ≤ 1 | **missed** |" in thresholds_table([check])
 
 
 def slow(results):
@@ -142,20 +158,21 @@ def adapter_on(results):
         (adapter_on, ["GPT-2, LoRA in float64, adapter off as reference: error"]),
     ],
 )
-def test_a_missed_bar_is_missed(results, harm, expected):
+def test_a_missed_threshold_is_missed(results, harm, expected):
     harm(results)
     assert missed(results) == expected
 
 
 @pytest.mark.parametrize("met", [True, False])
-def test_the_script_keeps_its_results_and_ends_with_the_verdict(
+def test_the_script_keeps_its_results_and_ends_with_its_status(
     results, met, tmp_path, monkeypatch, capsys
 ):
-    """Status 1 and a marked row where a bar is missed; the file holds what the table was made from."""
+    """Status 1 and a marked row where a threshold is missed; the table is made from the file."""
     if not met:
         slow(results)
-    monkeypatch.setattr(step, "RESULTS", tmp_path / "step.json")
-    monkeypatch.setattr(step, "run", lambda options: results)
+    monkeypatch.setattr(step, "RESULTS_FOLDER", tmp_path)
+    monkeypatch.setattr(step, "STEP_DONE", tmp_path / "done")
+    monkeypatch.setattr(step, "run_step", lambda options: results)
     assert step.main([]) == int(not met)
     kept = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
     assert (tmp_path / "step.md").read_text(encoding="utf-8") == step_markdown(kept)
@@ -167,7 +184,7 @@ def test_the_table_is_made_from_the_results(results):
     """Packed in 1 s for 2 steps, TRL in 10, both a tenth more in one repetition: 10 times as fast
     in all. With the optimiser (10 + 1) / (1 + 1); 0.1 GB of 1 GB.
     """
-    text = step_markdown(results | {"bars": bars.step_bars(results)})
+    text = step_markdown(results | {"thresholds": thresholds.step_thresholds(results)})
     row = next(line for line in text.splitlines() if line.startswith("| a variant | 0.50 | 1.50"))
     assert "| 10.00 (10.00–10.00) | 5.50 | 0.10 GB (0.10×) | 0.05 GB (0.10×) | 0 |" in row
     assert (
@@ -176,16 +193,17 @@ def test_the_table_is_made_from_the_results(results):
         and "Not run: something, since it is not here." in text
     )
     results["sizes"]["small"]["methods"]["dpo"]["variants"]["packed"]["cpu"] = [0.5] * 3
-    assert "20.00 (20.00–22.00)" in step_markdown(results | {"bars": []})
+    assert "20.00 (20.00–22.00)" in step_markdown(results | {"thresholds": []})
 
 
-def test_the_readme_shows_the_bars_of_the_step_and_says_where_the_rest_is(results):
-    """15 bars and two lines of head; nothing is shown of what was not measured."""
-    text = step_summary(results | {"bars": bars.step_bars(results)})
+def test_a_page_shows_the_thresholds_of_the_step_and_says_where_the_rest_is(results):
+    """15 thresholds and two lines of head; nothing is shown of what was not measured."""
+    found = results | {"thresholds": thresholds.step_thresholds(results)}
+    text = step_summary(found, "results/step.md")
     assert sum(line.startswith("|") for line in text.splitlines()) == 17
     assert "| small, DPO: packed, times as fast as TRL | 10 | ≥ 4.5 | met |" in text
-    assert "A CPU" in text and "[All variants](benchmarks/results/step.md)" in text
-    assert step_summary(None) == "not measured\n" and step_summary(None, "zh") == "未測量\n"
+    assert "A CPU" in text and "[All variants](results/step.md)" in text
+    assert step_summary(None, "") == "not measured\n"
 
 
 def test_ours_and_the_textbook_equal_the_naive_computation():
@@ -221,7 +239,7 @@ def test_a_wrong_variant_is_refused():
             bench, method, [row | {"chosen_ids": row["chosen_ids"][:-1]} for row in rows]
         )
 
-    wrong = {"packed": replace(VARIANTS["packed"], loss=short)}
+    wrong = {"packed": replace(STEP_VARIANTS["packed"], loss=short)}
     rows = random_rows([[5, 4, 7], [9, 3, 3]], 300)
     with pytest.raises(
         WrongVariant, match=r"dpo packed: its loss is off by .*, more than 1e-12: not timed"
@@ -229,53 +247,13 @@ def test_a_wrong_variant_is_refused():
         errors_of_all(new_bench(SIZE), "dpo", ["packed"], rows, wrong)
 
 
-def test_pairs_are_spread_over_the_lengths(monkeypatch):
+def test_pairs_are_picked_evenly_over_the_lengths():
     """Of 1..12 (rows of 2..24 tokens) four: the middle ones of 1-3, 4-6, 7-9 and 10-12."""
     lengths = [[each, each, 1] for each in range(1, 13)]
-    assert sorted(spread(lengths, 4)) == [[each, each, 1] for each in (2, 5, 8, 11)]
-    monkeypatch.setattr(variants, "sample_file", lambda: None)
-    stored, source = variants.pair_lengths()
-    assert (
-        len(stored) == 64
-        and max(map(variants.row_length, stored)) <= variants.MAX_LENGTH
-        and "hh_lengths" in source
-    )
-
-
-def growing(power: float) -> dict:
-    values = [2, 4, 8, 16]
-    found = {
-        "seconds": [value**power for value in values],
-        "growth_bytes": [1e6 * (1 + value) for value in values],
-    }
-    found |= {
-        f"{what}_exponent": scaling.exponent(values, found[kind])
-        for what, kind in (("time", "seconds"), ("memory", "growth_bytes"))
-    }
-    return {
-        "axes": {"pairs": {"values": values, **dict.fromkeys(scaling.NAMES, found)}},
-        "base": scaling.BASE,
-    }
-
-
-def test_scaling_misses_its_bar_where_time_is_quadratic():
-    """Memory with a fixed part is on a line, with an exponent below 1. 4 · 2 · 28672 · 448 bytes
-    are one matrix.
-    """
-    matrix = 4 * 2 * (32768 - 4096) * (512 - 64)
-    growths = [10, 30, 50, 70 + 3 * matrix]  # 3 matrices where both are large
-    for power, expected in ((1.0, [True] * 4), (2.0, [False, False, True, True])):
-        results = growing(power)
-        assert results["axes"]["pairs"]["packed"]["time_exponent"] == pytest.approx(power)
-        assert [bar["met"] for bar in scaling.scaling_bars(results)] == expected
-    assert scaling.interaction(growths, 2) == pytest.approx(3)
-    results["interaction"] = {"packed": scaling.interaction(growths, 2)}
-    results["bars"] = scaling.scaling_bars(results)
-    assert not results["bars"][-1]["met"]
-    assert "| time, packed | 2.00 |" in scaling_markdown(
-        results
-    ) and "**missed**" in scaling_markdown(results)
-    assert len(scaling.figure(results).axes) == 2
+    assert sorted(representative(lengths, 4)) == [[each, each, 1] for each in (2, 5, 8, 11)]
+    stored = variants.stored_lengths()
+    assert len(stored) == 64
+    assert max(map(variants.longer_row, stored)) <= variants.MAX_LENGTH
 
 
 def test_attention_counts_among_the_operations_of_a_cpu():
@@ -286,3 +264,78 @@ def test_attention_counts_among_the_operations_of_a_cpu():
     with measure.FlopCounterMode(display=False, custom_mapping=measure.CPU_ATTENTION) as counter:
         torch.nn.functional.scaled_dot_product_attention(states, states, states, is_causal=True)
     assert counter.get_total_flops() == 4 * 2 * 8 * 8 * 16
+
+
+def report(seed: int, rate: float) -> dict:
+    """One seed of a quality run in which every stage measures the same."""
+    stages = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")
+    shares = {"preference_accuracy": 0.9, "safe_on_harmful": 0.95, "ended_with_eos": 1.0}
+    model = {"perplexity": 2.0, "kl": 1.0, "reward_margin": 1.0, "over_refusal": 0.01, **shares}
+    won = {"wins": 7, "ties": 0, "losses": 3, "rate": rate, "ci95": [rate - 0.1, rate + 0.1]}
+    pairs = [f"{a}_vs_{b}" for a in stages for b in stages if a != b]
+    rates = dict.fromkeys(pairs, won) | {"orpo_vs_dpo": won | {"rate": 0.5}}
+    cost = {
+        stage: {"simple_flops": flops} for stage, flops in zip(stages, (3, 3, 8, 8, 6), strict=True)
+    }
+    return {
+        "seed": seed,
+        "prompts": 250,
+        "samples": 4,
+        "models": {stage: dict(model) for stage in stages},
+        "win_rate": rates,
+        "cost": cost,
+    }
+
+
+def combined(reports: list[dict]) -> dict:
+    """Stands for `over_seeds`: the first report, with deviations."""
+    models = {stage: each | {"std": {}} for stage, each in reports[0]["models"].items()}
+    rates = {name: rate | {"std": None} for name, rate in reports[0]["win_rate"].items()}
+    return reports[0] | {"models": models, "win_rate": rates}
+
+
+@pytest.fixture
+def trained(monkeypatch, tmp_path):
+    """Nothing is trained: all stages measure the same. {arm: each stage's win rate}."""
+    rates = {"default": 0.8, "gold": 0.4}
+    monkeypatch.delenv("LAB_MODEL", raising=False)
+    monkeypatch.delenv("LAB_DATA", raising=False)
+    monkeypatch.setattr(quality, "RESULTS_FOLDER", tmp_path)
+    monkeypatch.setattr(quality, "open_lab", lambda profile: profile)
+    monkeypatch.setattr(quality, "over_seeds", combined)
+    monkeypatch.setattr(
+        quality,
+        "run_arms",
+        lambda lab, arms, seeds: {
+            arm.name: [report(seed, rates[arm.name]) for seed in seeds] for arm in arms
+        },
+    )
+    return rates
+
+
+def test_the_quality_benchmark_writes_its_table_and_thresholds(trained, tmp_path, capsys):
+    """FLOPs of ORPO over SFT + DPO are 6 / (3 + 8) = 0.545; 18 thresholds of cpu and 2 of smoke."""
+    assert quality.main([]) == 0
+    out = capsys.readouterr().out
+    assert "`cpu`, seeds 101, 102, 103; 250 held-out prompts" in out
+    assert "| ORPO: FLOPs over those of SFT + DPO | 0.545 | ≥ 0.5 | met |" in out
+    kept = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))["profiles"]
+    assert [len(each["thresholds"]) for each in kept.values()] == [18, 2]
+
+
+def test_a_missed_threshold_of_quality_is_the_status(trained, capsys):
+    """A contrast that pays on gold pairs would contradict the course: .50 is not under .50."""
+    trained["gold"] = 0.5
+    assert quality.main([]) == 1
+    assert "| ORPO: the same on gold pairs | 0.5 | < 0.5 | **missed** |" in capsys.readouterr().out
+
+
+def test_a_part_of_the_quality_benchmark_keeps_nothing(trained, tmp_path):
+    assert quality.main(["--profiles", "smoke"]) == 0 and not list(tmp_path.iterdir())
+
+
+def test_quality_is_measured_in_the_embedded_world_only(monkeypatch, capsys):
+    monkeypatch.setenv("LAB_DATA", "pairs.jsonl")
+    with pytest.raises(SystemExit):
+        quality.main([])
+    assert "unset LAB_MODEL and LAB_DATA" in capsys.readouterr().err

@@ -1,5 +1,5 @@
-"""The GPU benchmark in miniature on a CPU: what a part measures, what is made of it, and bars that
-fail.
+"""The GPU benchmark in miniature on a CPU: what a part measures, what is made of it, and thresholds
+that are missed.
 """
 
 import json
@@ -36,11 +36,11 @@ linux = pytest.mark.skipif(
     ],
 )
 def test_a_part_takes_its_steps(profile, method, path):
-    """Batches of 2 rows of 24 + 24 tokens a side: 96 tokens in a step of SFT, 192 in one of pairs."""
+    """Batches of 2 rows of 24 + 24 tokens a side: 96 tokens a step of SFT, 192 one of pairs."""
     pytest.importorskip(
         "trl.experimental.orpo", reason="this TRL has no experimental ORPO trainer any more"
     )
-    found = gpu_part.measure(TASK | {"profile": profile, "method": method, "path": path})
+    found = gpu_part.measure_part(TASK | {"profile": profile, "method": method, "path": path})
     assert found["path"] == path and not found["out_of_memory"]
     assert found["tokens"]["full"] == (96 if method == "sft" else 192) > found["tokens"]["sample"]
     assert [len(each) for each in found["seconds"].values()] == [gpu_part.REPEATS] * 2
@@ -53,32 +53,27 @@ def test_a_part_takes_its_steps(profile, method, path):
 
 def test_the_course_part_steps_as_the_loop_does(monkeypatch):
     """1 step that counts operations, then 4 of each kind of rows, of which 3 are timed; the weights
-    have moved.
+    have moved, those of the reference have not.
     """
     kept = {}
-    build = gpu_part.Trainer.build
 
-    def watched_build(self, model, reference):
-        kept.update(trainer=self, before=[weight.detach().clone() for weight in model.parameters()])
-        build(self, model, reference)
-        kept["reference"] = reference
+    class Watched(gpu_part.Trainer):
+        def __init__(self, task, accelerator, policy, reference, evaluate):
+            before = [weight.detach().clone() for weight in policy.parameters()]
+            kept.update(trainer=self, before=before, reference=reference)
+            super().__init__(task, accelerator, policy, reference, evaluate)
 
-    monkeypatch.setattr(gpu_part.Trainer, "build", watched_build)
+    monkeypatch.setattr(gpu_part, "Trainer", Watched)
     monkeypatch.setattr(gpu_part, "phase", lambda *_: nullcontext())
-    gpu_part.measure(TASK | {"profile": "gpt2", "method": "dpo", "path": "packed"})
+    gpu_part.measure_part(TASK | {"profile": "gpt2", "method": "dpo", "path": "packed"})
     trainer = kept["trainer"]
-    assert trainer.state["step"] == 1 + 2 * (gpu_part.REPEATS + 1)
+    assert trainer.progress.step == 1 + 2 * (gpu_part.REPEATS + 1)
     assert trainer.recipe.nll_weight == PROFILES["gpt2"].recipes["dpo"].nll_weight
-    moved = [
-        not torch.equal(old, new)
-        for old, new in zip(kept["before"], trainer.model.parameters(), strict=True)
-    ]
-    assert any(moved)
-    same = [
-        torch.equal(old, new)
-        for old, new in zip(kept["before"], kept["reference"].parameters(), strict=True)
-    ]
-    assert all(same)
+    unmoved, same = (
+        [torch.equal(old, new) for old, new in zip(kept["before"], model.parameters(), strict=True)]
+        for model in (trainer.model, kept["reference"])
+    )
+    assert not all(unmoved) and all(same)
 
 
 @linux
@@ -88,10 +83,10 @@ def test_a_model_that_is_too_large_is_a_result_with_the_phase_it_failed_in(monke
 
     task = TASK | {"profile": "gpt2", "method": "sft", "path": "packed"}
     monkeypatch.setattr(gpu_part.Trainer, "step", full)
-    found = gpu_part.measure(task)
+    found = gpu_part.measure_part(task)
     assert found["out_of_memory"] == "first step" and "building the model" in found["peaks"]
-    monkeypatch.setattr(gpu, "in_own_process", lambda task: found)
-    assert gpu.in_words(gpu.measure(task)) == "does not fit (first step)"
+    monkeypatch.setattr(gpu, "json_of_process", lambda *_, **__: found)
+    assert gpu.in_words(gpu.measure_task(task)) == "does not fit (first step)"
 
 
 def test_pairs_are_cut_to_the_profiles_length():
@@ -119,17 +114,15 @@ def test_steps_are_those_of_the_loop():
 
 def test_without_a_gpu_it_says_so_and_writes_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "GPU_RESULTS", tmp_path / "gpu.json")
     assert gpu.main([]) == 2
     assert "No CUDA GPU" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_a_part_that_fails_is_recorded_with_its_last_words(monkeypatch):
-    done = SimpleNamespace(
-        returncode=1, stderr="Traceback\nImportError: no such trainer\n", stdout=""
-    )
-    monkeypatch.setattr(gpu.subprocess, "run", lambda *_, **__: done)
-    assert gpu.measure({}) == {"failed": "ImportError: no such trainer"}
+def test_a_part_that_fails_is_recorded_with_its_last_words():
+    """An unknown profile: the part ends with KeyError, in a process of its own."""
+    failed = gpu.measure_task({"profile": "none", "method": "sft", "path": "packed"} | TASK)
+    assert failed == {"failed": "benchmarks.gpu_part ended with 1: KeyError: 'none'"}
 
 
 @pytest.fixture
@@ -152,9 +145,11 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(
         gpu, "device_and_precision", lambda: ("cuda", "bfloat16", "A GPU, compute capability 8.9")
     )
-    monkeypatch.setattr(gpu, "RESULTS", tmp_path / "gpu.json")
-    monkeypatch.setattr(gpu, "DONE", tmp_path / "parts")
-    monkeypatch.setattr(gpu, "in_own_process", lambda task: made_up | {"path": task["path"]})
+    monkeypatch.setattr(gpu, "GPU_RESULTS", tmp_path / "gpu.json")
+    monkeypatch.setattr(gpu, "GPU_DONE", tmp_path / "parts")
+    monkeypatch.setattr(
+        gpu, "json_of_process", lambda module, task, environment: made_up | {"path": task["path"]}
+    )
     monkeypatch.setattr(gpu, "predicted_bytes", lambda *_: int(11e9))
     return made_up
 
@@ -165,7 +160,7 @@ def test_the_results_are_kept_and_the_table_is_made_from_them(machine, monkeypat
     """
     monkeypatch.setattr(gpu, "steps_of", lambda *_: 9000)
     assert gpu.main([]) == 0
-    kept = json.loads(gpu.RESULTS.read_text(encoding="utf-8"))
+    kept = json.loads(gpu.GPU_RESULTS.read_text(encoding="utf-8"))
     text = gpu_markdown(kept)
     assert capsys.readouterr().out.endswith(text + "\n")
     assert kept["profiles"].keys() == {
@@ -173,13 +168,13 @@ def test_the_results_are_kept_and_the_table_is_made_from_them(machine, monkeypat
     }
     assert "| `gpt2` | DPO | 10.50 · 10.50 · 10.50 | 11.00 | 2000 · 2000 · 2000 | 5.0 |" in text
     assert "| gpt2, dpo: prediction off by | 0.0476 | ≤ 0.15 | met |" in text and "160,800" in text
-    assert len(kept["bars"]) == 12 and not any(gpu.DONE.iterdir())
+    assert len(kept["thresholds"]) == 12 and not any(gpu.GPU_DONE.iterdir())
 
 
 def test_a_trial_on_a_cpu_prints_its_table_and_keeps_nothing(machine, capsys):
     """Its tiny models are not what is predicted."""
     assert gpu.main(["--quick"]) == 0
-    assert "not predicted" in capsys.readouterr().out and not gpu.RESULTS.exists()
+    assert "not predicted" in capsys.readouterr().out and not gpu.GPU_RESULTS.exists()
 
 
 @pytest.mark.parametrize(
@@ -190,14 +185,15 @@ def test_a_trial_on_a_cpu_prints_its_table_and_keeps_nothing(machine, capsys):
         ({"out_of_memory": "first step"}, ["peak memory in GB", "prediction off by"]),
     ],
 )
-def test_a_missed_bar_ends_it_with_status_1(machine, capsys, change, missed):
+def test_a_missed_threshold_ends_it_with_status_1(machine, capsys, change, missed):
     """16 GB is over 15 GB, and 11 over 16 is 31 % off; 11 over 14 is 21 % off; what did not fit has
     no peak.
     """
     machine |= change
     assert gpu.main([]) == 1
-    bars = json.loads(gpu.RESULTS.read_text(encoding="utf-8"))["bars"]
-    assert [bar["what"] for bar in bars if not bar["met"] and "gpt2, sft" in bar["what"]] == [
+    checks = json.loads(gpu.GPU_RESULTS.read_text(encoding="utf-8"))["thresholds"]
+    found = [check["what"] for check in checks if not check["met"]]
+    assert [what for what in found if what.startswith("gpt2, sft")] == [
         f"gpt2, sft: {what}" for what in missed
     ]
     assert ("does not fit · does not fit · does not fit" in capsys.readouterr().out) == (
@@ -205,7 +201,7 @@ def test_a_missed_bar_ends_it_with_status_1(machine, capsys, change, missed):
     )
 
 
-def test_without_a_prediction_the_bar_of_predictions_is_missed(machine, monkeypatch, capsys):
+def test_without_a_prediction_its_threshold_is_missed(machine, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "predicted_bytes", lambda *_: None)
     assert gpu.main([]) == 1
     out = capsys.readouterr().out
@@ -221,17 +217,15 @@ def test_a_stopped_run_goes_on_and_failed_parts_are_tried_again(machine, monkeyp
     """
     asked = []
 
-    def stops(task):
+    def stops(module, task, environment):
         asked.append((task["profile"], task["method"], task["path"]))
         if len(asked) == 5:
             raise KeyboardInterrupt
-        return (
-            {"failed": "ImportError: no trl"}
-            if len(asked) == 3
-            else machine | {"path": task["path"]}
-        )
+        if len(asked) == 3:
+            raise RuntimeError("ImportError: no trl")
+        return machine | {"path": task["path"]}
 
-    monkeypatch.setattr(gpu, "in_own_process", stops)
+    monkeypatch.setattr(gpu, "json_of_process", stops)
     with pytest.raises(KeyboardInterrupt):
         gpu.main([])
     before = asked.copy()
@@ -242,12 +236,12 @@ def test_a_stopped_run_goes_on_and_failed_parts_are_tried_again(machine, monkeyp
 
 
 def test_a_path_that_stepped_aside_and_a_part_that_failed_are_named(machine, monkeypatch, capsys):
-    def found(task):
-        return (
-            {"failed": "TypeError: no"} if task["path"] == "trl" else machine | {"path": "simple"}
-        )
+    def found(module, task, environment):
+        if task["path"] == "trl":
+            raise RuntimeError("TypeError: no")
+        return machine | {"path": "simple"}
 
-    monkeypatch.setattr(gpu, "in_own_process", found)
+    monkeypatch.setattr(gpu, "json_of_process", found)
     assert gpu.main([]) == 0
     out = capsys.readouterr().out
     assert "- `gpt2`, DPO, TRL: TypeError: no." in out and "10.50 · 10.50 · failed" in out

@@ -14,47 +14,42 @@ from common.memory.forecast import (
 from common.memory.simulate import predict
 from common.profiles import PROFILES, device_and_precision, get_profile, gpu_gigabytes
 
+CHOICES = (  # option, its values, what it is
+    ("--profile", PROFILES, "default: LAB_PROFILE, else by hardware"),
+    ("--method", FORECAST_METHODS, "default: all three"),
+    ("--path", ("packed", "simple"), "to the log-probabilities (default: packed)"),
+    (
+        "--precision",
+        ("bfloat16", "float16", "float32"),
+        "default: the GPU's; for --gpu-gb bfloat16",
+    ),
+)
+NUMBERS = (
+    ("--gpu-gb", float, "memory of the GPU in GB, of 1e9 bytes (default: the GPU here)"),
+    ("--max-length", int, "tokens of prompt and response (default: the profile's)"),
+    ("--micro-batch", int, "pairs per forward pass (default: the profile's)"),
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
-    found = device_and_precision()
-    parser = argparse.ArgumentParser(
-        prog="python -m common.memory", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--profile", choices=PROFILES, help="default: LAB_PROFILE, else by hardware"
-    )
-    parser.add_argument(
-        "--gpu-gb", type=float, help="memory of the GPU in GB, of 1e9 bytes (default: the GPU here)"
-    )
-    parser.add_argument("--method", choices=FORECAST_METHODS, help="default: all three")
-    parser.add_argument("--path", choices=("packed", "simple"), default="packed")
-    parser.add_argument(
-        "--precision",
-        choices=("bfloat16", "float16", "float32"),
-        help="default: that of the GPU here; for --gpu-gb bfloat16",
-    )
-    parser.add_argument(
-        "--max-length", type=int, help="tokens of prompt and response (default: the profile's)"
-    )
-    parser.add_argument(
-        "--micro-batch", type=int, help="pairs per forward pass (default: the profile's)"
-    )
+    """Returns 1 if something does not fit, 2 if nothing could be predicted."""
+    summary, found = __doc__.split("\n")[0], device_and_precision()
+    parser = argparse.ArgumentParser(prog="python -m common.memory", description=summary)
+    for name, values, text in CHOICES:
+        parser.add_argument(name, choices=values, help=text)
+    for name, kind, text in NUMBERS:
+        parser.add_argument(name, type=kind, help=text)
     options = parser.parse_args(arguments)
-    changes = {
-        name: value for name in ("max_length", "micro_batch") if (value := getattr(options, name))
-    }
+    changes = {"max_length": options.max_length, "micro_batch": options.micro_batch}
+    changes = {name: value for name, value in changes.items() if value}
     try:
         profile = with_changes(get_profile(options.profile), **changes)
         gigabytes = options.gpu_gb or gpu_gigabytes()
-        settings = {
-            "dtype": options.precision
-            or (found[1] if found[0] == "cuda" or not gigabytes else "bfloat16"),
-            "device": "cuda" if gigabytes else "cpu",
-        }
-        forecasts = [
-            predict(profile, method, options.path, **settings)
-            for method in ([options.method] if options.method else FORECAST_METHODS)
-        ]
+        dtype = found[1] if found[0] == "cuda" or not gigabytes else "bfloat16"
+        settings = {"dtype": options.precision or dtype, "device": "cuda" if gigabytes else "cpu"}
+        methods = [options.method] if options.method else FORECAST_METHODS
+        path = options.path or "packed"
+        forecasts = [predict(profile, method, path, **settings) for method in methods]
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -1,8 +1,6 @@
-"""The architecture of each profile's model without a download, and a model with random weights of
-that architecture.
+"""The architecture of each profile's model without a download, and a model with random weights.
 
-What a training step takes, in memory and time, depends on the architecture alone and not on what
-the weights are.
+The memory and the time of a training step depend on the architecture alone, not on the weights.
 """
 
 import torch
@@ -10,77 +8,45 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from common import models
-from common.profiles import Profile, device_and_precision
+from common.profiles import Profile
 
 # As in the config.json of each model on the hub; what is not here is the default of its model type.
-KNOWN = {
+SIZE_FIELDS = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "vocab_size", "max_position_embeddings", "rope_theta"),
+)
+
+
+def _sizes(model_type: str, *values: float, **others) -> dict:
+    """Fields of a configuration. Args: `values`: of SIZE_FIELDS; `others`: further fields."""
+    return {"model_type": model_type, **dict(zip(SIZE_FIELDS, values, strict=True)), **others}
+
+
+_QWEN = {"bos_token_id": 151643, "eos_token_id": 151643}
+_LLAMA = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
+KNOWN_MODELS = {
     "openai-community/gpt2": {"model_type": "gpt2"},
-    "Qwen/Qwen2.5-0.5B": {
-        "model_type": "qwen2",
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": True,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-    },
-    "Qwen/Qwen2.5-7B": {
-        "model_type": "qwen2",
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "max_position_embeddings": 131072,
-        "rope_theta": 1e6,
-        "tie_word_embeddings": False,
-        "bos_token_id": 151643,
-        "eos_token_id": 151643,
-    },
-    "mistralai/Mistral-7B-v0.1": {
-        "model_type": "mistral",
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "vocab_size": 32000,
-        "max_position_embeddings": 32768,
-        "sliding_window": 4096,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
-    "meta-llama/Llama-2-7b-hf": {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 32,
-        "vocab_size": 32000,
-        "max_position_embeddings": 4096,
-        "rope_theta": 1e4,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
-    },
+    "Qwen/Qwen2.5-0.5B": _sizes(
+        *("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6), tie_word_embeddings=True, **_QWEN
+    ),
+    "Qwen/Qwen2.5-7B": _sizes(
+        *("qwen2", 3584, 18944, 28, 28, 4, 152064, 131072, 1e6), tie_word_embeddings=False, **_QWEN
+    ),
+    "mistralai/Mistral-7B-v0.1": _sizes(
+        *("mistral", 4096, 14336, 32, 32, 8, 32000, 32768, 1e4), sliding_window=4096, **_LLAMA
+    ),
+    "meta-llama/Llama-2-7b-hf": _sizes(
+        *("llama", 4096, 11008, 32, 32, 32, 32000, 4096, 1e4), **_LLAMA
+    ),
 }
 
 
 def model_config(source: str) -> PretrainedConfig:
-    """The configuration of a model: built in for those in `KNOWN`, else read from a local folder or
-    the hub.
-
-    Raises: ModelError.
+    """The configuration of a model: built in for KNOWN_MODELS, else read from a local folder or the
+    hub. Raises: ModelError.
     """
-    if source in KNOWN:
-        return AutoConfig.for_model(**KNOWN[source])
+    if source in KNOWN_MODELS:
+        return AutoConfig.for_model(**KNOWN_MODELS[source])
     return models._from_hub(AutoConfig.from_pretrained, source)
 
 
@@ -101,19 +67,14 @@ def random_model(profile: Profile, device: str):
     config = profile_config(profile)
     if profile.four_bit:
         return _random_four_bit(config, device)
+    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa"
-        )
+        return AutoModelForCausalLM.from_config(config, **options)
 
 
 def _random_four_bit(config: PretrainedConfig, device: str):
-    """The library itself decides which layers are quantised, and how: head and embeddings are not."""
-    compute = (
-        getattr(torch, device_and_precision()[1])
-        if torch.device(device).type == "cuda"
-        else torch.float32
-    )
+    """The library decides which layers are quantised, and how: head and embeddings are not."""
+    compute = models.device_dtype() if torch.device(device).type == "cuda" else torch.float32
     with torch.device("meta"):  # shapes only
         model = AutoModelForCausalLM.from_config(config, dtype=compute, attn_implementation="sdpa")
     quantizer = AutoHfQuantizer.from_config(models.four_bit_settings(compute), pre_quantized=False)
@@ -126,9 +87,7 @@ def _random_four_bit(config: PretrainedConfig, device: str):
 
 
 def _fill(model, module: torch.nn.Module, compute: torch.dtype, device: str) -> None:
-    """Gives a module's own weights memory and random values; those of a 4-bit layer are rounded at
-    once.
-    """
+    """Gives a module's own weights memory and random values, rounded at once in a 4-bit layer."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     if not isinstance(module, Linear4bit):
@@ -137,10 +96,8 @@ def _fill(model, module: torch.nn.Module, compute: torch.dtype, device: str) -> 
         return
     shape, settings = (module.out_features, module.in_features), vars(module.weight)
     full = torch.empty(shape, dtype=compute, device=device).normal_(std=0.02)
-    module.weight = Params4bit(full, requires_grad=False, **settings).to(
-        device
-    )  # moving it rounds it
+    # Moving it rounds it.
+    module.weight = Params4bit(full, requires_grad=False, **settings).to(device)
     if module.bias is not None:
-        module.bias = torch.nn.Parameter(
-            torch.zeros(module.out_features, dtype=compute, device=device), False
-        )
+        zeros = torch.zeros(module.out_features, dtype=compute, device=device)
+        module.bias = torch.nn.Parameter(zeros, requires_grad=False)

@@ -12,14 +12,9 @@ import psutil
 import torch
 
 from common.lab import Lab, stage_of
+from common.memory.meter import resident_bytes
 from common.memory.simulate import PARTS, Forecast, full_rows, predict
-from common.profiles import (
-    ROOT,
-    Profile,
-    Recipe,
-    device_and_precision,
-    gpu_gigabytes,
-)
+from common.profiles import ROOT, Profile, Recipe, device_and_precision, gpu_gigabytes
 
 FORECAST_METHODS = ("sft", "dpo", "orpo")
 GPU_RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
@@ -32,35 +27,34 @@ def fits(forecast: Forecast, gigabytes: float) -> bool:
 
 def with_changes(profile: Profile, **changes) -> Profile:
     """The profile with other fields; those of a recipe change in all recipes."""
-    of_recipe = {
-        name: value for name, value in changes.items() if name in Recipe.__dataclass_fields__
-    }
-    recipes = {name: replace(recipe, **of_recipe) for name, recipe in profile.recipes.items()}
-    rest = {name: value for name, value in changes.items() if name not in of_recipe}
-    return replace(profile, recipes=recipes, **rest)
+    own = {name: changes.pop(name) for name in Recipe.__dataclass_fields__ if name in changes}
+    recipes = {name: replace(recipe, **own) for name, recipe in profile.recipes.items()}
+    return replace(profile, recipes=recipes, **changes)
 
 
 def remedies(profile: Profile, method: str) -> list[dict]:
     """Settings that save memory, those first that cost the least quality and time."""
     recipe = profile.recipes[method]
-    return [
-        {"eval_batch": 1} if profile.eval_batch > 1 else {},
-        {"micro_batch": 1} if recipe.micro_batch > 1 else {},
-        {"gradient_checkpointing": True} if not profile.gradient_checkpointing else {},
-        {"cache_reference": True}
-        if method == "dpo" and not recipe.cache_reference and not profile.lora
-        else {},
-        {"max_length": profile.max_length // 2, "max_new_tokens": profile.max_new_tokens // 2},
-        {"lora": 16} if not profile.lora else {},
-        {"four_bit": True, "lora": profile.lora or 16} if not profile.four_bit else {},
+    needs_copy = method == "dpo" and not recipe.cache_reference and not profile.lora
+    shorter = {name: getattr(profile, name) // 2 for name in ("max_length", "max_new_tokens")}
+    found = [
+        (profile.eval_batch > 1, {"eval_batch": 1}),
+        (recipe.micro_batch > 1, {"micro_batch": 1}),
+        (not profile.gradient_checkpointing, {"gradient_checkpointing": True}),
+        (needs_copy, {"cache_reference": True}),
+        (True, shorter),
+        (not profile.lora, {"lora": 16}),
+        (not profile.four_bit, {"four_bit": True, "lora": profile.lora or 16}),
     ]
+    return [changes for useful, changes in found if useful]
 
 
 def what_would_fit(
     profile: Profile, now: Forecast, gigabytes: float, **options
 ) -> tuple[dict, Forecast]:
-    """Changes of settings that help, added one by one until it fits; and what is then predicted,
-    which may not fit.
+    """Changes of settings that help, added one by one until it fits, and the forecast with them.
+
+    With all of them it may still not fit.
     """
     changes, lengths = {}, now.lengths
     for remedy in remedies(profile, now.method):
@@ -70,33 +64,27 @@ def what_would_fit(
         rows = lengths[: changed.recipes[now.method].micro_batch]
         if "max_length" in remedy:
             rows = full_rows(changed, len(rows), len(rows[0]) - 1)
-        new = predict(changed, now.method, lengths=rows, **options) if remedy else now
+        new = predict(changed, now.method, lengths=rows, **options)
         if new.peak < 0.99 * now.peak:
             changes, now = changes | remedy, new
     return changes, now
 
 
 def forecast_table(forecasts: list[Forecast]) -> str:
-    """Each part at the peak of a training step, and the peaks of the other phases; one line per
-    forecast.
-    """
-    unit, divisor, digits = (
-        ("GB", 1e9, 2) if max(each.peak for each in forecasts) >= 1e9 else ("MB", 1e6, 1)
-    )
+    """One line per forecast: each part at the peak of a step, and the peaks of all phases."""
+    large = max(each.peak for each in forecasts) >= 1e9
+    unit, divisor, digits = ("GB", 1e9, 2) if large else ("MB", 1e6, 1)
     parts = [part for part in PARTS if any(forecast.parts[part] for forecast in forecasts)]
     heads = [*parts, *max((forecast.phases for forecast in forecasts), key=len)]
-    lines = [
-        f"{unit + ' at the peak of':20s}"
-        + "".join(f"{head:>{max(8, len(head) + 2)}s}" for head in heads)
-    ]
+    rows = [[f"{unit} at the peak of", *heads]]
     for each in forecasts:
         found = each.parts | each.phases
         sizes = [f"{found[head] / divisor:.{digits}f}" if head in found else "–" for head in heads]
-        cells = [
-            f"{size:>{max(8, len(head) + 2)}s}" for head, size in zip(heads, sizes, strict=True)
-        ]
-        lines.append(f"{each.profile + ' ' + each.method:20s}" + "".join(cells))
-    return "\n".join(lines)
+        rows.append([f"{each.profile} {each.method}", *sizes])
+    widths = [max(len(row[column]) for row in rows) + 2 for column in range(len(rows[0]))]
+    return "\n".join(
+        row[0].ljust(widths[0]) + "".join(map(str.rjust, row[1:], widths[1:])) for row in rows
+    )
 
 
 def fit_advice(profile: Profile, forecast: Forecast, gigabytes: float, **options) -> str:
@@ -106,10 +94,13 @@ def fit_advice(profile: Profile, forecast: Forecast, gigabytes: float, **options
         return f"{forecast.method}: fits in {gigabytes:.3g} GB ({aside})"
     changes, then = what_would_fit(profile, forecast, gigabytes, path=forecast.path, **options)
     named = ", ".join(f"{name}={value}" for name, value in changes.items())
-    says = f"{forecast.method}: does not fit in {gigabytes:.3g} GB ({aside})."
-    if not fits(then, gigabytes):
-        return f"{says} Nor with {named or 'other settings'}: {then.peak / 1e9:.2f} GB. Take a smaller model."
-    return f"{says} In common/profiles.py set {named}: {then.peak / 1e9:.2f} GB."
+    says, peak = (
+        f"{forecast.method}: does not fit in {gigabytes:.3g} GB ({aside}).",
+        then.peak / 1e9,
+    )
+    if fits(then, gigabytes):
+        return f"{says} In common/profiles.py set {named}: {peak:.2f} GB."
+    return f"{says} Nor with {named or 'other settings'}: {peak:.2f} GB. Take a smaller model."
 
 
 def describe(profile: Profile, forecast: Forecast, dtype: str) -> str:
@@ -117,9 +108,10 @@ def describe(profile: Profile, forecast: Forecast, dtype: str) -> str:
     weights = "4-bit weights" if profile.four_bit else "float32 weights"
     tuned = f"LoRA of rank {profile.lora}" if profile.lora else "all weights trained"
     tokens = " + ".join(map(str, forecast.lengths[0]))
+    millions, count = forecast.parameters / 1e6, len(forecast.lengths)
     return (
-        f"{profile.run_name}: {profile.model}, {forecast.parameters / 1e6:,.1f} million parameters, {weights}, {tuned},"
-        f" in {dtype}; micro-batches of {len(forecast.lengths)} × {tokens} tokens, {forecast.path} path"
+        f"{profile.run_name}: {profile.model}, {millions:,.1f} million parameters, {weights}, "
+        f"{tuned}, in {dtype}; micro-batches of {count} × {tokens} tokens, {forecast.path} path"
     )
 
 
@@ -135,20 +127,19 @@ def longest_rows(lab: Lab, stage: str) -> list[list[int]]:
     """Lengths of the rows that take most, as many as a micro-batch has: [prompt, chosen, …] in
     tokens.
     """
-    recipe, sides = lab.profile.recipes[stage], ["chosen", "rejected"]
+    recipe = lab.profile.recipes[stage]
     rows = lab.demonstrations if stage_of(stage).rows == "demonstrations" else lab.train_pairs
-    columns = [
-        name
-        for name in ("prompt_ids", *(f"{side}_ids" for side in sides))
-        if name in rows.column_names
-    ]
-    lengths = [list(map(len, row)) for row in zip(*(rows[name] for name in columns), strict=True)]
-    packed = (
-        recipe.path == "packed"
-    )  # which keeps every token once; the simple path pads to the longest row
-    lengths.sort(
-        key=lambda row: sum(row) + sum(row[1:]) if packed else row[0] + max(row[1:]), reverse=True
-    )
+    parts = [f"{part}_ids" for part in ("prompt", "chosen", "rejected")]
+    columns = [rows[part] for part in parts if part in rows.column_names]
+    lengths = [list(map(len, row)) for row in zip(*columns, strict=True)]
+
+    def padded(row: list[int]) -> int:  # the simple path pads to the longest row
+        return row[0] + max(row[1:])
+
+    def packed(row: list[int]) -> int:  # every token once; only responses are scored
+        return sum(row) + sum(row[1:])
+
+    lengths.sort(key=packed if recipe.path == "packed" else padded, reverse=True)
     return lengths[: min(recipe.micro_batch, recipe.batch_size)]
 
 
@@ -159,30 +150,23 @@ def expect(lab: Lab, stage: str) -> Expected:
     Raises: ValueError for another stage than "sft", "dpo" and "orpo".
     """
     if stage not in FORECAST_METHODS:
-        raise ValueError(
-            f"Memory is predicted for {', '.join(FORECAST_METHODS)}, not for {stage!r}."
-        )
-    device, dtype, _ = device_and_precision()
-    forecast = predict(
-        lab.profile, stage, lab.profile.recipes[stage].path, dtype, device, longest_rows(lab, stage)
-    )
-    print(describe(lab.profile, forecast, dtype))
+        known = ", ".join(FORECAST_METHODS)
+        raise ValueError(f"Memory is predicted for {known}, not for {stage!r}.")
+    (device, dtype, _), profile = device_and_precision(), lab.profile
+    path, rows = profile.recipes[stage].path, longest_rows(lab, stage)
+    forecast = predict(profile, stage, path, dtype, device, rows)
+    print(describe(profile, forecast, dtype))
     print(forecast_table([forecast]))
     if device == "cuda":
         gc.collect()  # models that are no longer used
         held = torch.cuda.memory_allocated()
         print(f"{held / 1e9:.2f} GB of the GPU are in use already")
-        print(
-            fit_advice(
-                lab.profile, forecast, gpu_gigabytes() - held / 1e9, dtype=dtype, device=device
-            )
-        )
+        room = gpu_gigabytes() - held / 1e9
+        print(fit_advice(profile, forecast, room, dtype=dtype, device=device))
         return Expected(forecast, held)
-    free = psutil.virtual_memory().available / 1e9
-    print(
-        f"{forecast.peak / 1e9:.2f} GB, beside Python and its libraries; {free:.1f} GB of memory are free"
-    )
-    return Expected(forecast, psutil.Process().memory_info().rss)
+    free, needed = psutil.virtual_memory().available / 1e9, forecast.peak / 1e9
+    print(f"{needed:.2f} GB, beside Python and its libraries; {free:.1f} GB of memory are free")
+    return Expected(forecast, resident_bytes())
 
 
 def compare_expected(expected: Expected, record: dict) -> None:
@@ -204,21 +188,15 @@ def compare_expected(expected: Expected, record: dict) -> None:
 
 
 def measured_peak(forecast: Forecast) -> str:
-    """What `python -m benchmarks.gpu` measured for a profile and method, by the course's path; or
+    """What `python -m benchmarks.gpu` measured for a profile and method by the recipe's path, or
     "not measured".
     """
-    if not GPU_RESULTS.exists():
+    results = {"profiles": {}}
+    if GPU_RESULTS.exists():
+        results = json.loads(GPU_RESULTS.read_text(encoding="utf-8"))
+    profile = results["profiles"].get(forecast.profile, {"methods": {}})
+    method = profile["methods"].get(forecast.method, {"path": "", "paths": {}})
+    found = method["paths"].get(method["path"], {})
+    if "peak_bytes" not in found:
         return "not measured"
-    results = json.loads(GPU_RESULTS.read_text(encoding="utf-8"))
-    part = (
-        results["profiles"]
-        .get(forecast.profile, {})
-        .get("methods", {})
-        .get(forecast.method, {"paths": {}})
-    )
-    found = part["paths"].get(part.get("path"), {})
-    return (
-        f"{found['peak_bytes'] / 1e9:.2f} GB, {results['gpu']}"
-        if "peak_bytes" in found
-        else "not measured"
-    )
+    return f"{found['peak_bytes'] / 1e9:.2f} GB, {results['gpu']}"

@@ -13,8 +13,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -23,37 +23,38 @@ from common import losses
 from common.costs import PASSES
 from common.data import collate
 from common.logprobs import response_logps
-from common.memory.meter import PeakMemory, bytes_of, give_back, resident_bytes
+from common.memory.meter import PeakMemory, bytes_of, give_back
 from common.models import add_lora, freeze, frozen_copy, with_fused_gelu
-from common.profiles import PROFILES, Recipe
+from common.profiles import PROFILES, ROOT, Recipe
+
+
+@dataclass(frozen=True)
+class MeasuredSize:
+    """Model and batch that memory is measured with. The default is GPT-2's size."""
+
+    pairs: int = 2
+    length: int = 128  # tokens of the longest row
+    layers: int = 12
+    width: int = 768  # a multiple of 64
+    steps: int = 3
 
 
 def _ragged_rows(pairs: int, length: int, vocabulary: int) -> list[dict]:
     """Random token ids: prompts of a third of `length`, responses of a third to two thirds."""
-    generator = torch.Generator().manual_seed(0)
+    draw, third = torch.Generator().manual_seed(0), length // 3
+    sizes = torch.randint(third, length - third + 1, (2 * pairs,), generator=draw).tolist()
+    sizes[0] = length - third  # one row fills the length
 
     def ids(count: int) -> list[int]:
-        return torch.randint(vocabulary, (count,), generator=generator).tolist()
+        return torch.randint(vocabulary, (count,), generator=draw).tolist()
 
-    third = length // 3
-    sizes = [
-        int(torch.randint(third, length - third + 1, (1,), generator=generator))
-        for _ in range(2 * pairs)
-    ]
-    sizes[0] = length - third  # one row fills the length
     return [
-        {
-            "prompt_ids": ids(third),
-            "chosen_ids": ids(sizes[2 * i]),
-            "rejected_ids": ids(sizes[2 * i + 1]),
-        }
-        for i in range(pairs)
+        {"prompt_ids": ids(third), "chosen_ids": ids(chosen), "rejected_ids": ids(rejected)}
+        for chosen, rejected in zip(sizes[::2], sizes[1::2], strict=True)
     ]
 
 
-def measure_method(
-    method: str, lora: bool, pairs: int, length: int, layers: int, width: int, steps: int
-) -> dict:
+def measure_method(method: str, lora: bool = False, size: MeasuredSize = MeasuredSize()) -> dict:
     """Trains a GPT-2 with random weights for a few steps on random pairs, in this process.
 
     Args: `method`: a key of PASSES. Returns: bytes of the weights, the frozen reference, gradients
@@ -61,69 +62,61 @@ def measure_method(
         those parts: activations, logits and scratch memory; seconds per step (median without the
         first).
     """
-    config = GPT2Config(
-        n_layer=layers, n_embd=width, n_head=width // 64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0
-    )
-    config = with_fused_gelu(config)  # as `load_model` does
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    before = 0 if device == "cuda" else resident_bytes()
+    with PeakMemory() as memory:
+        before = memory.held
+
+    # 1. Model, reference, optimiser and one batch.
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(config).to(device)
+    sizes = {"n_layer": size.layers, "n_embd": size.width, "n_head": size.width // 64}
+    config = GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
+    model = GPT2LMHeadModel(with_fused_gelu(config)).to(device)  # as `load_model` does
     reference = frozen_copy(model) if method == "dpo" and not lora else None
     if lora:
         model = add_lora(freeze(model), replace(PROFILES["cpu"], lora=16))
-    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learned = [weight for weight in model.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=1e-5)
     kind = method.removesuffix("_cached")
-    rows = _ragged_rows(pairs, length, config.vocab_size)
-    if kind == "sft":
-        rows = [{name: ids for name, ids in row.items() if name != "rejected_ids"} for row in rows]
-    batch = collate(rows, 0, model.device, ("chosen",) if kind == "sft" else ("chosen", "rejected"))
+    rows = _ragged_rows(size.pairs, size.length, config.vocab_size)
+    sides = ("chosen",) if kind == "sft" else ("chosen", "rejected")
+    batch = collate(rows, device=device, sides=sides)
     recipe = Recipe(lr=1e-5, lambda_or=0.5, nll_weight=1.0)
-    tokens, cached, seconds = losses.scored_tokens(rows, recipe), None, []
-    if method == "dpo_cached":
-        with torch.no_grad():
-            cached = response_logps(model, batch)
+    tokens = losses.scored_tokens(rows, recipe)
+
+    def known_logps():
+        with torch.no_grad(), nullcontext() if reference or not lora else model.disable_adapter():
+            return response_logps(reference or model, batch)
+
+    cached, seconds = known_logps() if method == "dpo_cached" else None, []
+
+    # 2. The steps.
     give_back()
     with PeakMemory() as memory:
-        for _ in range(steps):
-            start, known = time.perf_counter(), cached
-            if kind == "dpo" and known is None:
-                with torch.no_grad():
-                    if reference is not None:
-                        known = response_logps(reference, batch)
-                    else:
-                        with model.disable_adapter():
-                            known = response_logps(model, batch)
-            loss, _ = losses.objective(
-                kind, recipe, response_logps(model, batch), known, pairs, tokens
-            )
+        for _ in range(size.steps):
+            start = time.perf_counter()
+            known = known_logps() if method == "dpo" else cached
+            policy = response_logps(model, batch)
+            loss = losses.objective(kind, recipe, policy, known, size.pairs, tokens)[0]
             loss.backward()
             optimizer.step()
             seconds.append(time.perf_counter() - start)
-            gradients = bytes_of(p.grad for p in learned)
+            gradients = bytes_of(weight.grad for weight in learned)
             optimizer.zero_grad()
-    state = [
-        value
-        for entry in optimizer.state.values()
-        for value in entry.values()
-        if torch.is_tensor(value)
-    ]
+
+    # 3. What was held.
+    state = [value for entry in optimizer.state.values() for value in entry.values()]
     parts = {
         "weights_bytes": bytes_of(model.parameters()),
         "gradient_bytes": gradients,
-        "optimizer_bytes": bytes_of(state),
-        "reference_bytes": bytes_of(reference.parameters()) if reference is not None else 0,
+        "optimizer_bytes": bytes_of(filter(torch.is_tensor, state)),
+        "reference_bytes": bytes_of(reference.parameters()) if reference else 0,
     }
     peak = memory.peak - before
     return {
         "method": method,
         "lora": lora,
         "device": device,
-        "pairs": pairs,
-        "length": length,
-        "layers": layers,
-        "width": width,
+        **asdict(size),
         "parameters": model.num_parameters(),
         "model_copies": 1 + (reference is not None),
         **parts,
@@ -134,44 +127,48 @@ def measure_method(
 
 
 def measure_memory(
-    methods: list[tuple[str, bool]],
-    pairs: int = 2,
-    length: int = 128,
-    layers: int = 12,
-    width: int = 768,
-    steps: int = 3,
-    progress: Callable = lambda jobs: jobs,
+    methods: list[tuple[str, bool]], progress: Callable = lambda jobs: jobs, **sizes: int
 ) -> list[dict]:
     """`measure_method` for each (method, lora), each in a process of its own, one after the other.
 
-    Raises: RuntimeError with the child's last words if it fails, which for want of memory may be
-        nothing at all.
+    Args: `sizes`: fields of `MeasuredSize`; `progress`: wraps the list, as `tqdm` does.
+    Raises: RuntimeError with the child's last words if it fails.
     """
-    results = []
-    for method, lora in progress(methods):
-        command = [
-            sys.executable,
-            "-m",
+    return [
+        json_of_process(
             "common.memory.measured",
-            method,
-            *(["--lora"] if lora else []),
-        ]
-        sizes = {"pairs": pairs, "length": length, "layers": layers, "width": width, "steps": steps}
-        command += [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-        root = Path(__file__).resolve().parents[2]
-        path = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
-        done = subprocess.run(
-            command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+            what=f"Measuring {method}, LoRA {lora},",
+            arguments=[method, *["--lora"] * lora]
+            + [f"--{name}={value}" for name, value in sizes.items()],
         )
-        if done.returncode:
-            words = done.stderr.strip().splitlines()[-1:] or [
-                "it said nothing: perhaps memory ran out"
-            ]
-            raise RuntimeError(
-                f"Measuring {method}, LoRA {lora}, ended with {done.returncode}: {words[0]}"
-            )
-        results.append(json.loads(done.stdout.splitlines()[-1]))
-    return results
+        for method, lora in progress(methods)
+    ]
+
+
+def json_of_process(
+    module: str,
+    task: dict | None = None,
+    arguments: list[str] = (),
+    environment: dict[str, str] | None = None,
+    what: str = "",
+) -> dict:
+    """What `python -m module` prints as its last line, as JSON, in a process of its own.
+
+    Args: `task`: given to it on stdin, as JSON; `environment`: variables added to this process's.
+    Raises: RuntimeError with its last words if it fails: for want of memory there may be none.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        input=json.dumps(task),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+    )
+    if done.returncode:
+        words = done.stderr.strip().splitlines() or ["it said nothing: perhaps memory ran out"]
+        raise RuntimeError(f"{what or module} ended with {done.returncode}: {words[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -182,16 +179,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--lora", action="store_true", help="train adapters of rank 16 instead of all weights"
     )
-    for name, value, text in (
-        ("pairs", 2, "pairs in a batch"),
-        ("length", 128, "tokens of the longest row"),
-        ("layers", 12, "of the model"),
-        ("width", 768, "of the model, a multiple of 64"),
-        ("steps", 3, "optimiser steps, at least 1"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=value, help=f"{text} (default {value})")
-    options = parser.parse_args(arguments)
-    print(json.dumps(measure_method(**vars(options))))
+    for each in fields(MeasuredSize):
+        text = f"of model and batch, see MeasuredSize (default {each.default})"
+        parser.add_argument(f"--{each.name}", type=int, default=each.default, help=text)
+    options = vars(parser.parse_args(arguments))
+    found = measure_method(options.pop("method"), options.pop("lora"), MeasuredSize(**options))
+    print(json.dumps(found))
     return 0
 
 

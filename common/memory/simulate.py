@@ -1,13 +1,12 @@
-"""Peak memory of a training step, before any is used: the step is taken on fake tensors, which have
+"""Peak memory of a training step, without using any: the step runs on fake tensors, which have
 shapes and no data.
 
-Model, method, LoRA, gradient checkpointing and autocast are the real ones; 4-bit layers and the
-optimiser's state are stood in for. Every tensor alive is counted.
+Model, method, LoRA, gradient checkpointing and autocast are the real ones. Tensors of the right
+size stand for 4-bit layers and the optimiser's state. Every tensor alive is counted.
 """
 
 import copy
 import weakref
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -29,14 +28,8 @@ from common.packed import use_packed_attention
 from common.profiles import Profile
 
 PARTS = (
-    "weights",
-    "constants",
-    "LoRA",
-    "gradients",
-    "optimiser",
-    "activations",
-    "logits",
-    "reference",
+    *("weights", "constants", "LoRA", "gradients"),
+    *("optimiser", "activations", "logits", "reference"),
 )
 
 
@@ -48,9 +41,8 @@ class Forecast:
     method: str
     path: str
     parts: dict[str, int]  # at the peak of a training step; keys PARTS
-    phases: dict[
-        str, int
-    ]  # the peak of each: "step", "evaluation" of held-out pairs, for DPO "answers" sampled there
+    # The peak of each phase: "step", "evaluation" of held-out pairs, for DPO "answers" to prompts.
+    phases: dict[str, int]
     parameters: int  # of the model, without LoRA
     lengths: list[list[int]]  # of the micro-batch: prompt, chosen, rejected, in tokens
 
@@ -59,8 +51,21 @@ class Forecast:
         return max(self.phases.values())
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What is simulated: a profile's stage, and how and where it runs."""
+
+    profile: Profile
+    method: str
+    path: str
+    dtype: str
+    device: str
+    lengths: list[list[int]]  # of the largest micro-batch
+    answers: int  # written at once
+
+
 class _Count(TorchDispatchMode):
-    """Counts the bytes of all tensors alive; `at_peak` has those of the peak, by part."""
+    """Counts the bytes of all tensors alive; `by_part` gives those at the peak of a phase."""
 
     def __init__(self, vocabulary: int):
         super().__init__()
@@ -93,20 +98,19 @@ class _Count(TorchDispatchMode):
         self.now -= self.alive.pop(key)[1]
 
     def label(self, tensors: Iterable[Tensor], part: str) -> None:
+        """Says of what part some tensors are."""
         for tensor in tensors:
             self.part[self.alive[tensor.untyped_storage()._cdata][0]] = part
 
     def by_part(self) -> dict[str, int]:
-        found = Counter()
+        found = dict.fromkeys(PARTS, 0)
         for number, size in self.snapshot.items():
             found[self.part[number]] += size
-        return {part: found[part] for part in PARTS}
+        return found
 
 
 class _Dequantised(torch.autograd.Function):
-    """A product with weights that are there in 4 bits only: unpacked for the product, forward and
-    backward.
-    """
+    """A product with 4-bit weights: they are unpacked for it, forward and backward."""
 
     @staticmethod
     def forward(ctx, inputs: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -125,20 +129,13 @@ class _Linear4bit(nn.Linear):
 
     def __init__(self, layer: nn.Linear, compute: torch.dtype):
         nn.Module.__init__(self)
-        self.in_features, self.out_features, self.compute = (
-            layer.in_features,
-            layer.out_features,
-            compute,
-        )
-        count = layer.weight.numel()
-        self.weight = nn.Parameter(
-            torch.empty(count // 2, 1, dtype=torch.uint8), requires_grad=False
-        )
-        self.bias = layer.bias
+        self.in_features, self.out_features = layer.in_features, layer.out_features
+        self.compute, self.bias, count = compute, layer.bias, layer.weight.numel()
+        packed = torch.empty(count // 2, 1, dtype=torch.uint8)
+        self.weight = nn.Parameter(packed, requires_grad=False)
         # One 8-bit constant per block of 64 weights, and one of 32 bits per block of 256 of those.
-        self.register_buffer(
-            "constants", torch.empty(count // 64 + 4 * (count // 64 // 256), dtype=torch.uint8)
-        )
+        size = count // 64 + 4 * (count // 64 // 256)
+        self.register_buffer("constants", torch.empty(size, dtype=torch.uint8))
 
     def forward(self, inputs: Tensor) -> Tensor:
         found = _Dequantised.apply(inputs.to(self.compute), (self.out_features, self.in_features))
@@ -146,9 +143,7 @@ class _Linear4bit(nn.Linear):
 
 
 def _apply(module: nn.Module, convert, recurse: bool = True) -> nn.Module:
-    """`nn.Module._apply`, behind `.to()`, for fake tensors: it exchanges parameters, which these do
-    not allow.
-    """
+    """`nn.Module._apply`, behind `.to()`, which cannot exchange parameters that are fake."""
     for each in module.modules() if recurse else [module]:
         for name, weight in each._parameters.items():
             if weight is not None and (new := convert(weight.detach())).dtype != weight.dtype:
@@ -168,43 +163,33 @@ def _quantised(model: nn.Module, compute: torch.dtype) -> nn.Module:
     return model
 
 
-def _moments(profile: Profile, weight: Tensor, device: str) -> list[Tensor]:
+def _moments(plan: _Plan, weight: Tensor) -> list[Tensor]:
     """AdamW's state of a weight. bitsandbytes keeps it in 8 bits with a constant per 256, that of
-    small ones in 32.
+    small weights in 32 bits.
     """
-    if profile.optimizer == "adamw" or device == "cpu" or weight.numel() < 4096:
+    count, plain = weight.numel(), plan.profile.optimizer == "adamw" or plan.device == "cpu"
+    if plain or count < 4096:
         return [torch.empty_like(weight) for _ in range(2)]
-    return [
-        torch.empty(weight.numel() + 4 * (weight.numel() // 256), dtype=torch.uint8)
-        for _ in range(2)
-    ]
+    return [torch.empty(count + 4 * (count // 256), dtype=torch.uint8) for _ in range(2)]
 
 
-def _score(
-    model, lengths: list[list[int]], table: Tensor, path: str, score_prompt: bool = False
-) -> Tensor:
-    """The log-probabilities that `response_logps` takes on pairs of these lengths, on fake tensors:
-    (scored tokens,).
-
-    `table`: the lengths as a real tensor, whose values the packed path reads.
-    """
-    scored = sum(sum(row[1:]) + score_prompt * (row[0] - 1) for row in lengths)
+def _score(model, path: str, rows: list[list[int]], table: Tensor, with_prompt=False) -> Tensor:
+    """The log-probabilities that `response_logps` takes of rows, by their lengths: (scored,)."""
+    scored = sum(sum(row[1:]) + with_prompt * (row[0] - 1) for row in rows)
     targets = torch.zeros(scored, dtype=torch.long)
     if path == "packed":
         use_packed_attention(model)
-        ids = torch.zeros(1, sum(map(sum, lengths)), dtype=torch.long)
-        return token_logps(
-            model, targets, (0, targets), input_ids=ids, position_ids=ids, attention_mask=table
-        )
-    width = max(row[0] + max(row[1:]) for row in lengths)
-    ids = torch.zeros(len(lengths) * (len(lengths[0]) - 1), width, dtype=torch.long)
-    return token_logps(
-        model, targets, (targets, targets), input_ids=ids, attention_mask=torch.ones_like(ids)
-    )
+        ids = torch.zeros(1, sum(map(sum, rows)), dtype=torch.long)
+        inputs = {"input_ids": ids, "position_ids": ids, "attention_mask": table}
+        return token_logps(model, targets, (0, targets), **inputs)
+    width = max(row[0] + max(row[1:]) for row in rows)
+    ids = torch.zeros(len(rows) * (len(rows[0]) - 1), width, dtype=torch.long)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return token_logps(model, targets, (targets, targets), **inputs)
 
 
 def full_rows(profile: Profile, count: int, sides: int) -> list[list[int]]:
-    """So many rows of the profile's full length, half of it prompt: [prompt, chosen, …] in tokens."""
+    """`count` rows of the profile's full length, half of it prompt, as [prompt, chosen, …]."""
     half = profile.max_length // 2
     return [[profile.max_length - half] + [half] * sides] * count
 
@@ -220,37 +205,30 @@ def predict(
     """Peak memory of training a profile's stage `method` ("sft", "dpo", "orpo"), evaluations
     included.
 
-    Layers are alike, and each adds as much as the one before: a deep model is simulated with 3 and
-    with 6 of them.
+    All layers take as much memory: a deep model is simulated with 3 and with 6 of them.
     Args: `dtype`, `device`: the precision that it is run in, and where. `lengths`: those of the
         largest micro-batch (default: `full_rows`). Raises: models.ModelError where the model's
         configuration is not at hand.
     """
     recipe, config = profile.recipes[method], profile_config(profile)
-    lengths = lengths or full_rows(
-        profile, min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2
-    )
-    at_once = min(profile.sampled_prompts, models.answers_at_once(config, profile.max_length))
-    if (
-        device == "cuda"
-    ):  # with dropout the CPU's attention keeps whole matrices, which a GPU's does not
+    count, sides = min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2
+    lengths = lengths or full_rows(profile, count, sides)
+    answers = min(profile.sampled_prompts, models.answers_at_once(config, profile.max_length))
+    plan = _Plan(profile, method, path, dtype, device, lengths, answers)
+    if device == "cuda":  # with dropout a CPU's attention keeps whole matrices, a GPU's does not
         for name in {"attn_pdrop", "attention_dropout"} & vars(config).keys():
             setattr(config, name, 0.0)
-    at_depth = partial(_simulate, profile, method, path, dtype, device, lengths, at_once)
     depth = config.num_hidden_layers
     if depth <= 6:
-        return at_depth(config)
-    few, more = at_depth(_with_layers(config, 3)), at_depth(_with_layers(config, 6))
+        return _simulate(plan, config)
+    few, more = (_simulate(plan, _with_layers(config, count)) for count in (3, 6))
 
-    def deep(less: int, larger: int) -> int:
-        return less + (larger - less) * (depth - 3) // 3
+    def deep(less: dict, larger: dict) -> dict:
+        return {key: less[key] + (larger[key] - less[key]) * (depth - 3) // 3 for key in less}
 
-    return replace(
-        few,
-        parts={part: deep(few.parts[part], more.parts[part]) for part in PARTS},
-        phases={phase: deep(few.phases[phase], more.phases[phase]) for phase in few.phases},
-        parameters=deep(few.parameters, more.parameters),
-    )
+    parameters = few.parameters + (more.parameters - few.parameters) * (depth - 3) // 3
+    parts, phases = deep(few.parts, more.parts), deep(few.phases, more.phases)
+    return replace(few, parts=parts, phases=phases, parameters=parameters)
 
 
 def _with_layers(config, count: int):
@@ -261,74 +239,67 @@ def _with_layers(config, count: int):
     return shallow
 
 
-def _simulate(
-    profile: Profile,
-    method: str,
-    path: str,
-    dtype: str,
-    device: str,
-    lengths: list[list[int]],
-    at_once: int,
-    config,
-) -> Forecast:
-    recipe = profile.recipes[method]
-    room, prompt = profile.max_length, profile.max_length - profile.max_new_tokens
-    batches = [lengths, full_rows(profile, profile.eval_batch, 2), [[prompt, 1]] * at_once]
-    tables = [torch.tensor(rows)[None, None] for rows in batches]
-    precision = getattr(torch, dtype)
-    with (
-        catch_warnings(),
-        FakeTensorMode(allow_non_fake_inputs=True),
-        _Count(config.vocab_size) as count,
-    ):
+def _simulate(plan: _Plan, config) -> Forecast:
+    profile, method, recipe = plan.profile, plan.method, plan.profile.recipes[plan.method]
+    prompt = profile.max_length - profile.max_new_tokens
+    batches = plan.lengths, full_rows(profile, profile.eval_batch, 2), [[prompt, 1]] * plan.answers
+    # The lengths as real tensors too: the packed path reads their values.
+    step, held_out, prompts = [(rows, torch.tensor(rows)[None, None]) for rows in batches]
+    precision = getattr(torch, plan.dtype)
+    mixed = partial(torch.autocast, "cpu", precision, enabled=plan.dtype != "float32")
+    fake, count = FakeTensorMode(allow_non_fake_inputs=True), _Count(config.vocab_size)
+    with catch_warnings(), fake, count:
         simplefilter("ignore")  # of the libraries, about layers that are stood in for
-        mixed = partial(torch.autocast, "cpu", precision, enabled=dtype != "float32")
-        model, learned, parameters = _build(profile, config, method, precision, count)
+        # 1. What is there before a step: the policy, its reference, the optimiser's state.
+        model, parameters = _build(plan, config, precision, count)
+        learned = [weight for weight in model.parameters() if weight.requires_grad]
         needs_reference = method == "dpo" and not recipe.cache_reference
         reference = _new(config) if needs_reference and not profile.lora else None
         count.label(reference.parameters() if reference else [], "reference")
-        state = [moment for weight in learned for moment in _moments(profile, weight, device)]
+        state = [moment for weight in learned for moment in _moments(plan, weight)]
         count.label(state, "optimiser")
 
+        # 2. A training step.
         count.start_phase()
         with mixed():
             if needs_reference:
                 with torch.no_grad(), nullcontext() if reference else model.disable_adapter():
-                    _score(reference or model, lengths, tables[0], path)
-            _score(model, lengths, tables[0], path, recipe.nll_on_prompt).sum().backward()
-        if device == "cpu":  # AdamW goes weight by weight there, with two copies of each
+                    _score(reference or model, plan.path, *step)
+            _score(model, plan.path, *step, recipe.nll_on_prompt).sum().backward()
+        if plan.device == "cpu":  # AdamW goes weight by weight there, with two copies of each
             torch.empty(2 * max(weight.numel() for weight in learned))
         parts = count.by_part()
         phases = {"step": sum(parts.values())}
         for weight in learned:
             weight.grad = None
+
+        # 3. An evaluation of held-out pairs.
         model.eval()
         count.start_phase()
         with torch.no_grad(), mixed():
-            _score(model, batches[1], tables[1], path)
+            _score(model, plan.path, *held_out)
         phases["evaluation"] = count.peak
-        if method != "dpo":  # the others have no reference to compare answers with, and sample none
-            return Forecast(profile.name, method, path, parts, phases, parameters, lengths)
-        count.start_phase()
-        with torch.no_grad():
-            cache = torch.empty(at_once * room * models.cache_bytes(config), dtype=torch.uint8)  # noqa: F841 - alive meanwhile
-            _score(model, batches[2], tables[2], "simple")
-        phases["answers"] = count.peak
-    return Forecast(profile.name, method, path, parts, phases, parameters, lengths)
+
+        # 4. Answers, with their cache of keys and values. Only DPO samples some while it trains.
+        if method == "dpo":
+            count.start_phase()
+            size = plan.answers * profile.max_length * models.cache_bytes(config)
+            cache = torch.empty(size, dtype=torch.uint8)
+            with torch.no_grad():
+                _score(model, "simple", *prompts)
+            del cache
+            phases["answers"] = count.peak
+    return Forecast(profile.name, method, plan.path, parts, phases, parameters, plan.lengths)
 
 
 def _new(config, dtype: torch.dtype = torch.float32) -> nn.Module:
-    return AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation="sdpa"
-    ).requires_grad_(False)
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
+    return AutoModelForCausalLM.from_config(config, **options).requires_grad_(False)
 
 
-def _build(
-    profile: Profile, config, method: str, compute: torch.dtype, count: _Count
-) -> tuple[nn.Module, list, int]:
-    """The policy as `common.training` has it, its tensors labelled; what of it is learned; its size
-    without LoRA.
-    """
+def _build(plan: _Plan, config, compute: torch.dtype, count: _Count) -> tuple[nn.Module, int]:
+    """The policy as `common.training` has it, its tensors labelled; its size without LoRA."""
+    profile = plan.profile
     model = _new(config, compute if profile.four_bit else torch.float32)
     parameters = model.num_parameters()
     if profile.four_bit:
@@ -339,8 +310,9 @@ def _build(
     else:
         model.requires_grad_(True)
     if profile.gradient_checkpointing and not profile.four_bit:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if method != "sft":
+        plain = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
+    if plan.method != "sft":
         models.disable_dropout(model)
     for name, weight in model.named_parameters():
         count.label([weight], "LoRA" if "lora_" in name else "weights")
@@ -348,12 +320,6 @@ def _build(
             weight.register_post_accumulate_grad_hook(
                 lambda weight: count.label([weight.grad], "gradients")
             )
-    count.label(
-        (tensor for name, tensor in model.named_buffers() if name.endswith("constants")),
-        "constants",
-    )
-    return (
-        model.train(),
-        [weight for weight in model.parameters() if weight.requires_grad],
-        parameters,
-    )
+    constants = [tensor for name, tensor in model.named_buffers() if name.endswith("constants")]
+    count.label(constants, "constants")
+    return model.train(), parameters
