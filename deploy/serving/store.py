@@ -23,23 +23,6 @@ CREATE INDEX IF NOT EXISTS feedback_by_request ON feedback (request_id, id);
 CREATE INDEX IF NOT EXISTS requests_by_time ON requests (created);
 """
 VERSION = 1
-COLUMNS = (
-    "id",
-    "created",
-    "caller",
-    "user",
-    "experiment",
-    "model",
-    "assigned",
-    "status",
-    "messages",
-    "answer",
-    "finish_reason",
-    "prompt_tokens",
-    "completion_tokens",
-    "seconds",
-    "first_token_seconds",
-)
 
 
 class StoreError(RuntimeError):
@@ -142,11 +125,9 @@ class Store:
         empty.
         """
         row["messages"] = json.dumps(row.get("messages"))
-        values = [row.get(name) for name in COLUMNS]
-        statement = (
-            f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
-        )
-        return self._submit(lambda: self.quick.execute(statement, values) and None)
+        columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        statement = f"INSERT INTO requests ({columns}) VALUES ({values})"
+        return self._submit(lambda: self.quick.execute(statement, row) and None)
 
     def add_feedback(
         self, request_id: str, caller: str, rating: int, consent: bool, correction: str | None
