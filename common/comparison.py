@@ -8,6 +8,7 @@ is finished is kept.
 
 import inspect
 import json
+import math
 import os
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -25,17 +26,36 @@ from tqdm import tqdm
 
 from common import models
 from common.data import load_pairs
-from common.evaluation import evaluation_report, measure, summarise_seeds
+from common.evaluation import (
+    Answer,
+    Sampling,
+    WinRate,
+    generate,
+    kl_on_samples,
+    logps_of,
+    perplexity,
+    preference_metrics,
+    text_measures,
+)
 from common.io.files import write_json
 from common.io.fingerprints import digest
 from common.judges import Judge, RewardJudge, RuleJudge, head_to_head
 from common.lab import BrokenLineage, Lab, stage_of
 from common.profiles import Profile
 from common.toyworld import World
-from common.training import Run, train
+from common.training import Run, Source, train
 
-STAGES = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")  # of the main comparison
+MAIN_STAGES = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")  # of the main comparison
 CONTRAST = ("sft", "orpo_lambda0", "dpo", "orpo")  # of an arm with other pairs
+# Costs of a run, in reports. `simple_flops`: without packing, by which methods are compared.
+COSTS = (
+    "wall_seconds",
+    "cpu_seconds",
+    "peak_memory_bytes",
+    "train_flops",
+    "simple_flops",
+    "train_tokens",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +77,7 @@ class Arm:
         return f"{self.name}-{stage}" if mine and stage != "sft" else None
 
 
-DEFAULT = Arm("default", STAGES)
+DEFAULT = Arm("default", MAIN_STAGES)
 DEFAULT_RATE = (
     inspect.signature(World.pairs).parameters["flaw_rate"].default
 )  # of a profile's own pairs
@@ -108,7 +128,7 @@ def train_arm(lab: Lab, arm: Arm) -> dict[str, Run]:
             dict(change for name, change in arm.changes if name == stage),
             arm.run_of(stage),
         )
-        own = {"pairs": pairs} if stage_of(stage).rows == "pairs" else {}
+        own = {"source": Source(pairs=pairs)} if stage_of(stage).rows == "pairs" else {}
         # A run of an arm is only measured at its end: held-out measures along the way would cost as
         # much again.
         quiet = {"evaluations": 1} if sweep else {}
@@ -147,6 +167,116 @@ def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
             raise BrokenLineage(
                 f"{', '.join(odd)}: trained with {told}; no fair comparison. Train again: {'; '.join(again)}"
             )
+
+
+def measure(
+    lab: Lab, model, reference, temperature: float = 1.0
+) -> tuple[dict, list[list[Answer]]]:
+    """Every shared measure of a model against the reference `sft`, and the answers they were taken
+    on.
+
+    Returns: the values of `models.<stage>` in `evaluation.json` (units: see the functions above),
+        and the answers.
+    """
+    profile = lab.profile
+    sampling = Sampling(profile.max_new_tokens, temperature, profile.samples, lab.seed)
+    answers = generate(
+        model, lab.tokenizer, lab.prompts, sampling, 4 * profile.eval_batch, progress=True
+    )
+    policy = logps_of(model, lab.test_pairs, batch_size=profile.eval_batch)
+    shared = preference_metrics(
+        policy, logps_of(reference, lab.test_pairs, batch_size=profile.eval_batch)
+    )
+    kl = kl_on_samples(model, reference, answers, profile.eval_batch)
+    seen = text_measures(answers, lab.data.world)
+    return {"perplexity": perplexity(policy.chosen), "kl": kl, **shared, **seen}, answers
+
+
+def evaluation_report(
+    models: dict[str, dict], rates: dict[str, WinRate], records: dict[str, dict]
+) -> dict:
+    """The report of one seed, as `evaluation.json` and `comparison.json` hold it.
+
+    Args: `models`: {stage: what `measure` returned}; `rates`: {"dpo_vs_sft": …}; `records`: {stage:
+        its `run.json`}.
+    Returns: {"models", "win_rate", "cost", "seeds": 1}. Every `std` is null: one seed has no
+        spread.
+    """
+    report = {
+        "models": {stage: dict(measures) for stage, measures in models.items()},
+        "win_rate": {name: asdict(rate) for name, rate in rates.items()},
+        "cost": {
+            stage: {name: record[name] for name in COSTS} for stage, record in records.items()
+        },
+        "seeds": 1,
+    }
+    return summarise_seeds([report])
+
+
+def summarise_seeds(reports: list[dict]) -> dict:
+    """One report from those of several seeds: means, and beside them `std`, the sample standard
+    deviation (n - 1).
+
+    Of a win rate, `rate` is the mean of the seeds' rates, wins, ties and losses are their sums, and
+    `ci95` combines the seeds' own intervals: it says how sure we are given these trained models;
+    `std` says how much training varies.
+    Raises: ValueError for no report, reports of several seeds, or reports that do not hold the same
+        entries.
+    """
+    parts = ("models", "win_rate", "cost")
+    if not reports or any(report["seeds"] != 1 for report in reports):
+        raise ValueError("Give one report per seed, at least one.")
+    if any(report[part].keys() != reports[0][part].keys() for report in reports for part in parts):
+        raise ValueError(
+            "These reports do not hold the same models, pairs and costs: they cannot be averaged."
+        )
+    rows = {
+        part: {name: [report[part][name] for report in reports] for name in reports[0][part]}
+        for part in parts
+    }
+    models = {}
+    for stage, seeds in rows["models"].items():
+        if any(row.keys() != seeds[0].keys() for row in seeds):
+            raise ValueError(
+                f"The reports of {stage!r} hold different measures: they cannot be averaged."
+            )
+        means, spreads = _over_seeds(
+            [{name: row[name] for name in row if name != "std"} for row in seeds]
+        )
+        models[stage] = means | {"std": spreads}
+    return {
+        "models": models,
+        "win_rate": {name: _mean_rate(seeds) for name, seeds in rows["win_rate"].items()},
+        "cost": {stage: _over_seeds(seeds)[0] for stage, seeds in rows["cost"].items()},
+        "seeds": len(reports),
+    }
+
+
+def _over_seeds(values: list) -> tuple:
+    """(mean, standard deviation) of numbers; of dicts key by key, where a flaw that was never seen
+    has share 0.
+    """
+    if isinstance(values[0], dict):
+        names = dict.fromkeys(name for value in values for name in value)
+        pairs = {name: _over_seeds([value.get(name, 0.0) for value in values]) for name in names}
+        return {name: pair[0] for name, pair in pairs.items()}, {
+            name: pair[1] for name, pair in pairs.items()
+        }
+    if None in values:
+        return None, None
+    return (mean(values), stdev(values)) if len(values) > 1 else (values[0], None)
+
+
+def _mean_rate(seeds: list[dict]) -> dict:
+    """A win rate over seeds. The seeds' errors are independent, so their half-widths add as
+    squares.
+    """
+    rate, std = _over_seeds([seed["rate"] for seed in seeds])
+    down, up = (
+        math.hypot(*(seed["ci95"][i] - seed["rate"] for seed in seeds)) / len(seeds) for i in (0, 1)
+    )
+    counts = {name: sum(seed[name] for seed in seeds) for name in ("wins", "ties", "losses")}
+    return counts | {"rate": rate, "ci95": [rate - down, rate + up], "std": std}
 
 
 def measure_runs(lab: Lab, runs: dict[str, Run], judge: Judge) -> dict:

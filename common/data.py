@@ -320,6 +320,20 @@ def collate(
     return batch
 
 
+def left_padded(ids: list[list[int]], pad_id: int, device="cpu") -> dict[str, torch.Tensor]:
+    """Prompts for generation, (rows, longest): padded on the left, so that each ends at the right.
+
+    Returns: input_ids and attention_mask, as `model.generate` takes them.
+    """
+    longest = max(map(len, ids))
+    padded = [[pad_id] * (longest - len(row)) + row for row in ids]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in ids]
+    return {
+        "input_ids": torch.tensor(padded, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
+
+
 @dataclass
 class LabData:
     """All data of a lab, as text. `world` is None where the data are not the embedded world's."""

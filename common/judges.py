@@ -38,35 +38,17 @@ class RuleJudge:
 
 
 def rewards(model, batch: dict[str, Tensor], side: str) -> Tensor:
-    """Reward of one side of a batch, (batch,): a scalar head read at the last token of each row.
-
-    Source: Ouyang et al. 2022 (arXiv 2203.02155), Sec. 3.5.
-    """
-    parts = (
-        batch["prompt_ids"],
-        batch["prompt_lengths"],
-        batch[f"{side}_ids"],
-        batch[f"{side}_lengths"],
-    )
-    rows = [
-        torch.cat([prompt[:start], ids[:end]])
-        for prompt, start, ids, end in zip(*parts, strict=True)
-    ]
+    """Reward of one side of a batch under a `models.RewardModel`, (batch,), in float64."""
+    rows = []
+    for pair, (start, end) in enumerate(
+        zip(batch["prompt_lengths"], batch[f"{side}_lengths"], strict=True)
+    ):
+        parts = batch["prompt_ids"][pair, :start], batch[f"{side}_ids"][pair, :end]
+        rows.append(torch.cat(parts))
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     ends = batch["prompt_lengths"] + batch[f"{side}_lengths"]
     mask = torch.arange(input_ids.shape[1], device=input_ids.device) < ends[:, None]
-    at = torch.arange(len(ends), device=ends.device), ends - 1
-    # The library looks for the last token by the pad id, which may be EOS. The lengths are known:
-    # hand its head the right hidden state at every position, and its choice no longer matters.
-    head = getattr(model, "module", model).score
-    hook = head.register_forward_pre_hook(
-        lambda _, inputs: (inputs[0][at][:, None].expand_as(inputs[0]),)
-    )
-    try:
-        logits = model(input_ids=input_ids, attention_mask=mask.long(), use_cache=False).logits
-    finally:
-        hook.remove()
-    return logits.squeeze(-1).double()
+    return model(input_ids=input_ids, attention_mask=mask.long()).double()
 
 
 def reward_objective(model, batch: dict, pairs: int) -> tuple[torch.Tensor, dict]:

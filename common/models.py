@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     AutoTokenizer,
     BitsAndBytesConfig,
     GPT2Config,
@@ -31,6 +32,7 @@ logging.getLogger("accelerate").setLevel(logging.ERROR)
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 END, PAD = "<|endoftext|>", "<|pad|>"
+REWARD_HEAD = "reward_head.safetensors"
 # Writes the same text as the data: "\n\nHuman: {x}\n\nAssistant:" and " {y}" after it.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -73,11 +75,11 @@ def _from_hub(load, source: str, **options):
     try:
         return load(source, **options)
     except (OSError, ValueError, SafetensorError) as error:
+        first = str(error).splitlines()[0]
         raise ModelError(
-            f"Could not load {source!r} ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "To go on offline, point LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, "
-            "which needs no download. "
-            "A gated model needs its licence accepted on the hub and `hf auth login`."
+            f"Could not load {source!r} ({type(error).__name__}: {first}). To go on offline, point "
+            "LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, which needs "
+            "no download. A gated model needs its licence accepted on the hub and `hf auth login`."
         ) from error
 
 
@@ -87,18 +89,15 @@ def load_tokenizer(source: str | Path):
     Raises: ModelError, also for one without an end token or without character offsets.
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, str(source))
-    if tokenizer.eos_token_id is None or not tokenizer.is_fast:
-        lacks = (
-            "has no end token (EOS)"
-            if tokenizer.is_fast
-            else "gives no character offsets (it is a slow one)"
-        )
+    lacks = "has no end token (EOS)" if tokenizer.eos_token_id is None else ""
+    if not tokenizer.is_fast:
+        lacks = "gives no character offsets (it is a slow one)"
+    if lacks:
         raise ModelError(
-            f"The tokenizer of {str(source)!r} {lacks}, which training needs: name another LAB_MODEL."
+            f"The tokenizer of {str(source)!r} {lacks}, which training needs: "
+            "name another LAB_MODEL."
         )
-    if (
-        tokenizer.pad_token is None
-    ):  # Harmless here: masks come from lengths, so EOS is still scored.
+    if tokenizer.pad_token is None:  # masks come from lengths, so EOS is still scored
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -122,22 +121,20 @@ def tiny_config(profile: Profile, vocabulary: int, **token_ids: int) -> GPT2Conf
 
 
 def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights, sized by the profile. The seed decides the weights; the global
-    RNG is left alone.
+    """A GPT-2 with random weights, sized by the profile.
+
+    The seed decides the weights; the global random state is left alone.
     """
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
-    config = tiny_config(
-        profile, len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=pad
-    )
+    ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
+    config = tiny_config(profile, len(tokenizer), **ids)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return GPT2LMHeadModel(config)
 
 
 def four_bit_settings(compute: torch.dtype) -> BitsAndBytesConfig:
-    """nf4 with double quantisation, as in QLoRA (Dettmers et al. 2023); products are computed in
-    `compute`.
-    """
+    """nf4 with double quantisation, as in QLoRA (Dettmers et al. 2023)."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -147,9 +144,7 @@ def four_bit_settings(compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def with_fused_gelu(config):
-    """The configuration, GPT-2's "gelu_new" in its fused form: the same function, with far fewer
-    tensors kept.
-    """
+    """The configuration, with GPT-2's "gelu_new" in its fused form: the same values, less memory."""
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
     return config
@@ -160,6 +155,42 @@ def device_dtype() -> torch.dtype:
     return getattr(torch, device_and_precision()[1])
 
 
+class RewardModel(torch.nn.Module):
+    """A language model's body, and one linear unit that reads the last token of each row.
+
+    Source: Ouyang et al. 2022 (arXiv 2203.02155), Sec. 3.5.
+    """
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.config = body, body.config
+        self.head = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
+        self.head.to(body.device)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """Rewards, (rows,), of token ids padded on the right, (rows, length)."""
+        hidden = self.body(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)[0]
+        last = attention_mask.sum(1) - 1
+        return self.head(hidden[torch.arange(len(last)), last].to(self.head.weight.dtype))[:, 0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    def get_input_embeddings(self):
+        return self.body.get_input_embeddings()
+
+    def gradient_checkpointing_enable(self, **options) -> None:
+        self.body.gradient_checkpointing_enable(**options)
+
+    def save_pretrained(self, folder: Path, state_dict: dict | None = None) -> None:
+        """Saves the body as transformers does, and the head beside it."""
+        weights = self.state_dict() if state_dict is None else state_dict
+        body = {name[5:]: weight for name, weight in weights.items() if name.startswith("body.")}
+        self.body.save_pretrained(folder, state_dict=body)
+        save_file({"weight": weights["head.weight"].contiguous()}, Path(folder) / REWARD_HEAD)
+
+
 def load_model(
     source: str | Path,
     profile: Profile,
@@ -167,41 +198,31 @@ def load_model(
     device: str | None = None,
     dtype: torch.dtype = torch.float32,
 ):
-    """A causal language model (or, with `reward_head`, the same body with one output) on this
-    machine's device.
+    """A causal language model or, with `reward_head`, a RewardModel, on this machine's device.
 
-    Weights stay in float32 and are run in the device's precision by the training loop; only a 4-bit
-    profile loads them quantised. Pickled weights and remote code are refused. Raises: ModelError.
+    Weights stay in float32, and the training loop runs them in the device's precision. Only a 4-bit
+    profile loads them quantised. The head of a reward model is new where the source has none.
+    Pickled weights and remote code are refused. Raises: ModelError.
     """
     device = device or device_and_precision()[0]
-    adapter = (
-        Path(source) / "adapter_config.json"
-    )  # a sweep of a 4-bit profile leaves one: its base has the config
-    base = (
-        json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
-        if adapter.exists()
-        else source
-    )
+    # A sweep of a 4-bit profile leaves an adapter; its base has the configuration.
+    adapter, base = Path(source) / "adapter_config.json", source
+    if adapter.exists():
+        base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
     config = with_fused_gelu(_from_hub(AutoConfig.from_pretrained, str(base)))
-    options = {
-        "config": config,
-        "dtype": dtype,
-        "use_safetensors": True,
-        "attn_implementation": "sdpa",
-    }
+    options = {"config": config, "use_safetensors": True, "attn_implementation": "sdpa"}
     if profile.four_bit:
-        compute = device_dtype()
-        options |= {"dtype": compute, "quantization_config": four_bit_settings(compute)}
-    kind = AutoModelForSequenceClassification if reward_head else AutoModelForCausalLM
-    before = transformers.utils.logging.get_verbosity()
-    if reward_head:  # The library would warn that the head is new: it is meant to be.
-        config.num_labels = 1
-        transformers.utils.logging.set_verbosity_error()
-    try:
-        model = _from_hub(kind.from_pretrained, str(source), **options)
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-    return without_repacking(model) if profile.four_bit else model.to(device)
+        dtype = device_dtype()
+        options["quantization_config"] = four_bit_settings(dtype)
+    kind = AutoModel if reward_head else AutoModelForCausalLM
+    model = _from_hub(kind.from_pretrained, str(source), dtype=dtype, **options)
+    model = without_repacking(model) if profile.four_bit else model.to(device)
+    if not reward_head:
+        return model
+    model, head = RewardModel(model), Path(source) / REWARD_HEAD
+    if head.exists():
+        model.head.load_state_dict(load_file(head))
+    return model
 
 
 def without_repacking(model):
@@ -218,46 +239,60 @@ def without_repacking(model):
 
 
 def check_fits(model, tokenizer, profile: Profile) -> None:
-    """Raises ModelError if the model has fewer positions than the profile's max_length, or fewer
+    """Raises ModelError if the model has too few positions for the profile's max_length, or fewer
     words than its tokenizer.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions < profile.max_length:
         raise ModelError(
-            f"The model has {positions} positions, the profile needs {profile.max_length}: too short. "
-            "Name another LAB_MODEL, or another profile."
+            f"The model has {positions} positions, the profile needs {profile.max_length}: too "
+            "short. Name another LAB_MODEL, or another profile."
         )
     words = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > words:
         raise ModelError(
-            f"The model knows {words} words, its tokenizer {len(tokenizer)}: they do not belong together. "
-            "Save both with save_pretrained in the folder that LAB_MODEL names."
+            f"The model knows {words} words, its tokenizer {len(tokenizer)}: they do not belong "
+            "together. Save both with save_pretrained in the folder that LAB_MODEL names."
         )
 
 
-def lora_settings(model, profile: Profile):
+def cache_bytes(config) -> int:
+    """Bytes of a token's keys and values in all layers, in float32."""
+    heads = config.num_attention_heads
+    per_head = getattr(config, "head_dim", None) or config.hidden_size // heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    return 2 * config.num_hidden_layers * key_heads * per_head * 4
+
+
+def answers_at_once(config, tokens: int) -> int:
+    """How many answers to write at once: 256, or as many as have their keys and values in 2 GB."""
+    return max(1, min(256, int(2e9 / (tokens * cache_bytes(config)))))
+
+
+def lora_settings(profile: Profile):
     """LoRA of the profile's rank on all linear layers but the head."""
     from peft import LoraConfig
 
-    rank, task = profile.lora or 8, "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
-    return LoraConfig(
-        r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type=task
-    )
+    rank = profile.lora or 8
+    return LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear")
 
 
 def add_lora(model, profile: Profile):
-    """The model with a fresh LoRA adapter on its linear layers (Hu et al. 2021). Adapter off = the
-    model as it was.
+    """The model with a fresh LoRA adapter on its linear layers (Hu et al. 2021).
+
+    With the adapter off it is the model as it was. A reward model's head is trained whole.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
+    if isinstance(model, RewardModel):
+        model.body = add_lora(model.body, profile)
+        return model
     if profile.four_bit:
+        plain = {"use_reentrant": False}
         model = prepare_model_for_kbit_training(
-            model,
-            profile.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
+            model, profile.gradient_checkpointing, gradient_checkpointing_kwargs=plain
         )
-    return get_peft_model(model, lora_settings(model, profile))
+    return get_peft_model(model, lora_settings(profile))
 
 
 def merge_lora(model, source: str | Path, profile: Profile):
@@ -268,21 +303,19 @@ def merge_lora(model, source: str | Path, profile: Profile):
     float32 and rounded once, to the precision from which the 4-bit loader quantises: bfloat16 on
     most GPUs, half the memory and disk of float32.
     """
+    if isinstance(model, RewardModel):
+        merged = RewardModel(merge_lora(model.body, source, profile))
+        merged.head.load_state_dict(model.head.state_dict())
+        return merged
     if not profile.four_bit:
         return model.merge_and_unload()
-    from dataclasses import replace
-
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 
-    adapter = get_peft_model_state_dict(model)
-    # On the CPU: the quantised model still fills the GPU, and full precision would not fit beside
-    # it.
-    head, dtype = hasattr(model, "score"), device_dtype()
-    plain = load_model(
-        source, replace(profile, four_bit=False), reward_head=head, device="cpu", dtype=dtype
-    )
+    # On the CPU: the quantised model still fills the GPU.
+    options = {"use_safetensors": True, "dtype": device_dtype(), "attn_implementation": "sdpa"}
+    plain = _from_hub(type(model.get_base_model()).from_pretrained, str(source), **options)
     full = get_peft_model(plain, model.peft_config["default"])
-    set_peft_model_state_dict(full, adapter)
+    set_peft_model_state_dict(full, get_peft_model_state_dict(model))
     return full.merge_and_unload()
 
 
@@ -294,7 +327,7 @@ def disable_dropout(model) -> None:
 
 
 def freeze(model):
-    """The model itself, in evaluation mode, its parameters without gradient: fit to be a reference."""
+    """The model itself, in evaluation mode and without gradients: fit to be a reference."""
     return model.eval().requires_grad_(False)
 
 

@@ -69,6 +69,7 @@ class Profile:
     pairs: int | None = 3000  # training pairs; None: all
     held_out: int = 250  # held-out pairs and evaluation prompts
     samples: int = 4  # answers per evaluation prompt
+    sampled_prompts: int = 64  # held-out prompts answered while a stage trains, for KL and win rate
     sweep_epochs: float = 1.0  # length of each run in a notebook's sweep
     seeds: int = 3  # of the comparison in Lab 1.8-03: this seed and the next ones
     flaw_rates: tuple[float, ...] = (

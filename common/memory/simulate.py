@@ -23,11 +23,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM
 
 from common import models
-from common.evaluation import answers_at_once, cache_bytes
-from common.logprobs import _token_logps
+from common.logprobs import token_logps
 from common.memory.architectures import profile_config
+from common.packed import use_packed_attention
 from common.profiles import Profile
-from common.training.held_out import SAMPLED_PROMPTS
 
 PARTS = (
     "weights",
@@ -192,13 +191,14 @@ def _score(
     scored = sum(sum(row[1:]) + score_prompt * (row[0] - 1) for row in lengths)
     targets = torch.zeros(scored, dtype=torch.long)
     if path == "packed":
+        use_packed_attention(model)
         ids = torch.zeros(1, sum(map(sum, lengths)), dtype=torch.long)
-        return _token_logps(
+        return token_logps(
             model, targets, (0, targets), input_ids=ids, position_ids=ids, attention_mask=table
         )
     width = max(row[0] + max(row[1:]) for row in lengths)
     ids = torch.zeros(len(lengths) * (len(lengths[0]) - 1), width, dtype=torch.long)
-    return _token_logps(
+    return token_logps(
         model, targets, (targets, targets), input_ids=ids, attention_mask=torch.ones_like(ids)
     )
 
@@ -230,7 +230,7 @@ def predict(
     lengths = lengths or full_rows(
         profile, min(recipe.micro_batch, recipe.batch_size), 1 if method == "sft" else 2
     )
-    at_once = min(SAMPLED_PROMPTS, answers_at_once(config, profile.max_length))
+    at_once = min(profile.sampled_prompts, models.answers_at_once(config, profile.max_length))
     if (
         device == "cuda"
     ):  # with dropout the CPU's attention keeps whole matrices, which a GPU's does not
@@ -311,7 +311,7 @@ def _simulate(
             return Forecast(profile.name, method, path, parts, phases, parameters, lengths)
         count.start_phase()
         with torch.no_grad():
-            cache = torch.empty(at_once * room * cache_bytes(config), dtype=torch.uint8)  # noqa: F841 - alive meanwhile
+            cache = torch.empty(at_once * room * models.cache_bytes(config), dtype=torch.uint8)  # noqa: F841 - alive meanwhile
             _score(model, batches[2], tables[2], "simple")
         phases["answers"] = count.peak
     return Forecast(profile.name, method, path, parts, phases, parameters, lengths)

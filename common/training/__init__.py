@@ -1,4 +1,7 @@
-"""Trains a stage: its lineage, the reuse of finished runs, and the folder a finished run leaves."""
+"""Trains a stage: its lineage, the reuse of finished runs, and the folder a finished run leaves.
+
+`train` is the door, and all that knows the lab. The loop is `common.training.trainer`.
+"""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -6,23 +9,23 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import set_seed
-from datasets import Dataset
 
 from common import models
 from common.data import drawn, tokenize_pairs
+from common.evaluation import Sampling
 from common.io.files import read_metrics, write_json, written_whole
 from common.io.fingerprints import digest, versions
 from common.lab import Lab, stage_of
 from common.profiles import Recipe, device_and_precision
-from common.training import checkpoints
-from common.training.trainer import Trainer
+from common.training import checkpoints, processes
+from common.training.held_out import HeldOut
+from common.training.task import Session, Source, Task
+from common.training.trainer import Trainer, row_length
 
 
 @dataclass
 class Run:
-    """A finished run: the model in evaluation mode (in shards, under FSDP), `run.json` and
-    `metrics.jsonl`.
-    """
+    """A finished run: the model in evaluation mode (in shards, under FSDP), `run.json`, metrics."""
 
     model: torch.nn.Module
     record: dict
@@ -30,20 +33,69 @@ class Run:
     folder: Path
 
 
-def _rows_of(lab: Lab, stage: str, pairs: Dataset | None) -> tuple[list[dict], list[dict]]:
+def train(
+    lab: Lab,
+    stage: str,
+    sweep: str | None = None,
+    source: Source | None = None,
+    figure=None,
+    session: Session | None = None,
+    **changes,
+) -> Run:
+    """Trains a stage, or returns the finished run whose fingerprint matches.
+
+    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `source`: where
+        it starts and what it learns from. `figure`: is given the metrics after each step
+        (`plots.curves.LiveFigure`). `session`: checkpoints and resume. `changes`: Recipe fields.
+    Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained;
+        TrainingError for a loss that is not finite; CheckpointError when the disk is full;
+        LaunchError for processes that cannot train together.
+    """
+    kind, source, session = stage_of(stage), source or Source(), session or Session()
+    if not lab.has_own_weights(stage):
+        name = lab.profile.model
+        raise ValueError(f"The base of this profile is {name} itself: there is nothing to train.")
+    if unknown := changes.keys() - {field.name for field in fields(Recipe)}:
+        unknown = ", ".join(sorted(unknown))
+        raise ValueError(f"Unknown hyper-parameter {unknown}: see common.profiles.Recipe.")
+    recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
+    # 1. Where does it start, and what is it compared with?
+    parent = source.parent or kind.parent
+    reference = source.reference or (parent if kind.method == "dpo" else None)
+    rows, held_out = _rows_of(lab, stage, source.pairs)
+    lineage = [name and lab.fingerprint_of(name) for name in (parent, reference)]
+    # 2. Was this very run finished before?
+    parts = lab.fingerprint_parts(stage, recipe, rows, *lineage)
+    fingerprint, folder = digest(parts), lab.path(stage, sweep)
+    if record := _reusable(lab, stage, sweep, fingerprint, parts):
+        return Run(lab.load(stage, sweep), record, read_metrics(folder), folder)
+    # 3. Train.
+    task = _task_of(lab, stage, recipe, rows, folder)
+    held_out = _held_out_of(lab, held_out)
+    measured = [*rows, *held_out.rows, *held_out.pairs]
+    task.longest = max(row_length(row, ("chosen", "rejected")) for row in measured)
+    if kind.method == "dpo" or reference:  # then answers are sampled, and scored
+        task.longest = max(task.longest, lab.profile.max_length)
+    trainer = _trainer(lab, task, parent, reference, held_out)
+    metrics = trainer.run(fingerprint, session, figure)
+    # 4. Keep the model and what the run took.
+    record = _record(lab, trainer, metrics, parts, (parent, reference))
+    model = _save(lab, trainer, record, lab.source(parent) if parent else None)
+    return Run(model, record, metrics, folder)
+
+
+def _rows_of(lab: Lab, stage: str, pairs) -> tuple[list[dict], list[dict]]:
     """(training rows, held-out rows) of a stage, tokenised.
 
     Texts and demonstrations hold out their last twentieth. Those of real data, which stand in
-    blocks (a subset, a file), are brought into a fixed random order before, and no more of them are
+    blocks (a subset, a file), are first brought into a fixed random order, and no more of them are
     held out than pairs are.
     """
     kind = stage_of(stage).rows
     if kind == "pairs":
-        own = (
-            lab.train_pairs
-            if pairs is None
-            else tokenize_pairs(pairs, lab.tokenizer, lab.profile.max_length)[0]
-        )
+        own = lab.train_pairs
+        if pairs is not None:
+            own = tokenize_pairs(pairs, lab.tokenizer, lab.profile.max_length)[0]
         return own.to_list(), lab.test_pairs.to_list()
     rows = (lab.texts if kind == "texts" else lab.demonstrations).to_list()
     held_out = max(1, len(rows) // 20)
@@ -52,84 +104,79 @@ def _rows_of(lab: Lab, stage: str, pairs: Dataset | None) -> tuple[list[dict], l
     return rows[:-held_out], rows[-held_out:]
 
 
-def _reusable(
-    lab: Lab, stage: str, sweep: str | None, fingerprint: str, parts: dict
-) -> dict | None:
+def _reusable(lab: Lab, stage: str, sweep: str | None, fingerprint: str, parts: dict):
     """The record of a finished run with this fingerprint, or None, saying what changed since."""
-    path = lab.path(stage, sweep) / "run.json"
+    path, name = lab.path(stage, sweep) / "run.json", sweep or stage
     if not path.exists():
         return None
     record = json.loads(path.read_text(encoding="utf-8"))
     if record["fingerprint"] == fingerprint:
-        print(
-            f"{sweep or stage}: reused, trained before in {record['wall_seconds']:.0f} s (fingerprint {fingerprint})"
-        )
+        seconds = record["wall_seconds"]
+        print(f"{name}: reused, trained before in {seconds:.0f} s (fingerprint {fingerprint})")
         return record
     before, now = record["fingerprint_parts"], json.loads(json.dumps(parts))
-    changed = [name for name in now if before.get(name) != now[name]]
-    print(f"{sweep or stage}: trained again, since it changed in: {', '.join(changed) or 'format'}")
+    changed = [part for part in now if before.get(part) != now[part]]
+    print(f"{name}: trained again, since it changed in: {', '.join(changed) or 'format'}")
     return None
 
 
-def train(
-    lab: Lab,
-    stage: str,
-    *,
-    sweep: str | None = None,
-    parent: str | None = None,
-    reference: str | None = None,
-    pairs: Dataset | None = None,
-    resume: bool = True,
-    live: bool = False,
-    checkpoint_every: int | None = None,
-    **changes,
-) -> Run:
-    """Trains a stage, or returns the finished run whose fingerprint matches.
-
-    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `parent`,
-        `reference`: other stages to start from and to compare with (default: the stage's parent,
-        for both; ORPO takes a reference only to report KL against it). `pairs`: other training
-        pairs (prompt, chosen, rejected). `resume`: go on from the newest checkpoint of this run, if
-        its fingerprint matches. `live`: draw curves as it trains. `changes`: Recipe fields.
-    Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained;
-        TrainingError for a loss that is not finite; CheckpointError when the disk is full;
-        LaunchError for processes that cannot train together.
-    """
-    kind = stage_of(stage)
-    if not lab.has_own_weights(stage):
-        raise ValueError(
-            f"The base of this profile is {lab.profile.model} itself: there is nothing to train."
-        )
-    if unknown := changes.keys() - {field.name for field in fields(Recipe)}:
-        raise ValueError(
-            f"Unknown hyper-parameter {', '.join(sorted(unknown))}: see common.profiles.Recipe."
-        )
-    recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
-    parent = parent or kind.parent
-    reference = reference or (parent if kind.method == "dpo" else None)
-    lora = bool(lab.profile.lora) or stage.endswith("_lora")
-    rows, held_out = _rows_of(lab, stage, pairs)
-    lineage = [name and lab.fingerprint_of(name) for name in (parent, reference)]
-    parts = lab.fingerprint_parts(stage, recipe, rows, *lineage)
-    fingerprint, folder = digest(parts), lab.path(stage, sweep)
-    if record := _reusable(lab, stage, sweep, fingerprint, parts):
-        return Run(lab.load(stage, sweep), record, read_metrics(folder), folder)
-
-    trainer = Trainer(lab, stage, recipe, rows, held_out, folder)
-    device = (
-        "cpu" if trainer.sharded else device_and_precision()[0]
-    )  # whole, it may not fit on one GPU
-    parent_model = _parent_model(lab, kind.method, parent, device)
-    needs_copy = reference and not (
-        lora and reference == parent
-    )  # under LoRA, adapter off is the parent
-    trainer.build(
-        parent_model, models.freeze(lab.load(reference, device=device)) if needs_copy else None
+def _task_of(lab: Lab, stage: str, recipe: Recipe, rows: list[dict], folder: Path) -> Task:
+    return Task(
+        name=stage,
+        method=stage_of(stage).method,
+        recipe=recipe,
+        rows=rows,
+        folder=folder,
+        shared=lab.folder,
+        seed=lab.seed,
+        eval_batch=lab.profile.eval_batch,
+        optimizer=lab.profile.optimizer,
     )
-    metrics = trainer.run(fingerprint, resume, live, checkpoint_every)
-    record = _record(trainer, metrics, fingerprint, parts, parent, reference)
-    model = _save(trainer, record, lab.source(parent) if parent else None)
-    return Run(model, record, metrics, folder)
+
+
+def _held_out_of(lab: Lab, rows: list[dict]) -> HeldOut:
+    return HeldOut(
+        rows=rows,
+        pairs=lab.test_pairs.to_list(),
+        prompts=lab.prompts[: lab.profile.sampled_prompts],
+        tokenizer=lab.tokenizer,
+        sampling=Sampling(lab.profile.max_new_tokens, seed=lab.seed),
+        world=lab.data.world,
+    )
+
+
+def _trainer(
+    lab: Lab, task: Task, parent: str | None, reference: str | None, held_out: HeldOut
+) -> Trainer:
+    """The trainer with its models: the policy, and a frozen reference where one is needed."""
+    accelerator, recipe, profile = processes.new_accelerator(), task.recipe, lab.profile
+    sharded, lora = processes.is_sharded(accelerator), bool(profile.lora) or "_lora" in task.name
+    if sharded and lora:
+        raise processes.LaunchError(
+            "FSDP is for full fine-tuning here. LoRA fits one GPU: use torchrun."
+        )
+    count, batch = accelerator.num_processes, min(recipe.batch_size, len(task.rows))
+    rows = stage_of(task.name).rows
+    divided = processes.shares(count, batch, recipe.micro_batch, rows, sharded)
+    if accelerator.is_main_process and (count > 1 or batch > recipe.micro_batch):
+        print(f"{task.name}: {divided}")
+    device = "cpu" if sharded else device_and_precision()[0]  # whole, it may not fit on one GPU
+    policy, frozen = _parent_model(lab, task.method, parent, device), None
+    if reference and not (lora and reference == parent):  # under LoRA, adapter off is the parent
+        frozen = models.freeze(lab.load(reference, device=device))
+    set_seed(lab.seed, device_specific=True)
+    policy = models.add_lora(policy, profile) if lora else policy
+    if profile.gradient_checkpointing and not profile.four_bit:
+        plain = {"use_reentrant": False}
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
+    if task.method in ("dpo", "orpo", "reward"):  # noise in the policy alone would move it away
+        models.disable_dropout(policy)
+    policy.config.pad_token_id = lab.tokenizer.pad_token_id
+    trainer = Trainer(task, accelerator, policy, frozen, held_out.measures)
+    if task.method == "dpo" and recipe.cache_reference:
+        held_out.remember_reference(trainer)
+        trainer.cache_reference()
+    return trainer
 
 
 def _parent_model(lab: Lab, method: str, parent: str | None, device: str):
@@ -143,92 +190,77 @@ def _parent_model(lab: Lab, method: str, parent: str | None, device: str):
     return model
 
 
-def _record(
-    trainer: Trainer,
-    metrics: list[dict],
-    fingerprint: str,
-    parts: dict,
-    parent: str | None,
-    reference: str | None,
-) -> dict:
+def _record(lab: Lab, trainer: Trainer, metrics: list[dict], parts: dict, lineage: tuple) -> dict:
     """What `run.json` holds: the keys are a contract with the notebooks and the tables."""
-    profile, state = trainer.lab.profile, trainer.state
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    final = {
-        name: value for name, value in metrics[-1].items() if name not in ("step", "lr", "tokens")
-    }
-    counted = state[
-        "flops_per_token"
-    ].items()  # by path: what it took, and what it takes without packing
+    task, progress, (parent, reference) = trainer.task, trainer.progress, lineage
+    # By path: what the run took, and what it takes without packing.
     flops = {
-        path: each * state["padded"][path] + state["reference_flops"] for path, each in counted
+        path: each * progress.padded[path] + progress.reference_flops
+        for path, each in progress.flops_per_token.items()
     }
+    measured = metrics[-1].items()
     return {
-        "stage": trainer.stage,
-        "profile": profile.run_name,
-        "seed": trainer.lab.seed,
+        "stage": task.name,
+        "profile": lab.profile.run_name,
+        "seed": task.seed,
         "parent": parent,
         "reference": reference,
-        "fingerprint": fingerprint,
+        "fingerprint": progress.fingerprint,
         "fingerprint_parts": parts,
-        "model": profile.model,
-        "dataset": trainer.lab.data.name,
-        "n_pairs": len(trainer.rows),
-        "hyperparameters": asdict(trainer.recipe),
-        "steps": state["step"],
-        "best_step": state.get("best_step"),
-        "stopped_early": state["stopped_early"],
-        "train_tokens": state["tokens"],
-        "padded_tokens": state["padded"]["simple"],
+        "model": lab.profile.model,
+        "dataset": lab.data.name,
+        "n_pairs": len(task.rows),
+        "hyperparameters": asdict(task.recipe),
+        "steps": progress.step,
+        "best_step": progress.best_step,
+        "stopped_early": progress.stopped_early,
+        "train_tokens": progress.tokens,
+        "padded_tokens": progress.padded["simple"],
         "path": trainer.path,
         "train_flops": flops[trainer.path],
         "simple_flops": flops["simple"],
-        "wall_seconds": state["wall"],
-        "evaluation_seconds": state["aside"],
-        "cpu_seconds": state["cpu"],
-        "peak_memory_bytes": state["peak"],
-        "device": device,
+        "wall_seconds": progress.wall,
+        "evaluation_seconds": progress.aside,
+        "cpu_seconds": progress.cpu,
+        "peak_memory_bytes": progress.peak,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
         "processes": trainer.accelerator.num_processes,
         "versions": versions(),
-        "warnings": state["warnings"],
-        "final": final,
+        "warnings": progress.warnings,
+        "final": {name: value for name, value in measured if name not in ("step", "lr", "tokens")},
     }
 
 
-def _save(trainer: Trainer, record: dict, parent_source: str | None):
-    """Writes the finished model, whole weights even after LoRA, and `run.json` last. Returns the
-    model.
+def _save(lab: Lab, trainer: Trainer, record: dict, parent_source: str | None):
+    """Writes the finished model, whole weights even after LoRA, and `run.json` last. Returns it.
 
     A 4-bit run in a sweep leaves its adapter alone: whole weights, 15 GB for each point of a sweep,
     would fill a disk.
     """
-    model = trainer.accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
+    accelerator, folder, profile = trainer.accelerator, trainer.task.folder, lab.profile
+    reward, main = trainer.task.method == "reward", accelerator.is_main_process
+    model = accelerator.unwrap_model(trainer.policy, keep_fp32_wrapper=False)
     if trainer.recipe.keep_best:
-        trainer.accelerator.wait_for_everyone()
-        checkpoints.load_best(model, trainer.folder)
-    if trainer.lora and not (
-        trainer.lab.profile.four_bit and trainer.folder.parent.name == "sweeps"
-    ):
-        model = models.merge_lora(model, parent_source, trainer.lab.profile)
+        accelerator.wait_for_everyone()
+        checkpoints.load_best(model, folder)
+    only_adapter = profile.four_bit and folder.parent.name == "sweeps" and not reward
+    if trainer.has_adapter and not only_adapter:
+        model = models.merge_lora(model, parent_source, profile)
     model.eval()
-    main = trainer.accelerator.is_main_process
-    weights = (
-        checkpoints.whole_weights(model.state_dict().items(), main) if trainer.sharded else None
-    )  # None: its own
+    weights = None  # the model's own
+    if processes.is_sharded(accelerator):
+        weights = checkpoints.whole_weights(model.state_dict().items(), main)
     if main:
-        with written_whole(trainer.folder / "model") as scratch:
+        with written_whole(folder / "model") as scratch:
             model.save_pretrained(scratch, state_dict=weights)
-            trainer.lab.tokenizer.save_pretrained(scratch)
-        for path in (trainer.folder / "model").iterdir():
-            path.replace(trainer.folder / path.name)
-        (trainer.folder / "model").rmdir()
-        write_json(trainer.folder / "run.json", record)
-        checkpoints.remove(trainer.folder)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.free_memory()
-    if (
-        trainer.lab.profile.four_bit
-    ):  # not what is run: merged weights are on the CPU and not quantised
-        reward = trainer.method == "reward"
-        return models.load_model(trainer.folder, trainer.lab.profile, reward_head=reward).eval()
+            lab.tokenizer.save_pretrained(scratch)
+        for path in (folder / "model").iterdir():
+            path.replace(folder / path.name)
+        (folder / "model").rmdir()
+        write_json(folder / "run.json", record)
+        checkpoints.remove(folder)
+    accelerator.wait_for_everyone()
+    accelerator.free_memory()
+    if profile.four_bit:  # not what is run: merged weights are on the CPU and not quantised
+        return models.load_model(folder, profile, reward_head=reward).eval()
     return model

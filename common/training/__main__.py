@@ -15,7 +15,7 @@ from typing import get_origin
 
 from common.lab import STAGES, open_lab
 from common.profiles import PROFILES, Recipe
-from common.training import processes, train
+from common.training import Session, processes, train
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -71,8 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
                 lab,
                 options.stage,
                 sweep=options.sweep,
-                resume=options.resume,
-                checkpoint_every=options.checkpoint_every,
+                session=Session(options.resume, options.checkpoint_every),
                 **changes,
             )
         except (OSError, RuntimeError, ValueError) as error:

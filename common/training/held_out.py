@@ -1,95 +1,101 @@
-"""Held-out measures while a stage trains: loss, log-probabilities and, for preference stages, KL
-and win rate.
+"""Held-out measures while a stage trains: loss, log-probabilities, KL and win rate on samples.
 
-Every process takes them all, on the same weights and with the same seeds: held-out sets are small,
-and no process has anything else to do meanwhile. What counts is what the first one found
-(`Trainer.run`).
+Every process takes them all, on the same weights and with the same seeds, and uses those of the
+first one (`Trainer.held_out_measures`). Held-out sets are small, and no process has anything else
+to do meanwhile.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from common import losses
 from common.data import collate
-from common.evaluation import Answer, generate, logps_of
+from common.evaluation import Answer, Sampling, generate, logps_of
 from common.judges import RuleJudge, head_to_head, reward_objective
 from common.logprobs import PairLogps
-
-SAMPLED_PROMPTS = 64  # held-out prompts answered at every evaluation, for KL and win rate
-
-
-@torch.no_grad()
-def measures(trainer) -> dict[str, float]:
-    """Held-out loss, both log-probabilities and, for preference stages, KL and win rate on samples."""
-    return {f"held_out_{name}": float(value) for name, value in _measures(trainer).items()}
+from common.toyworld import World
 
 
-def _measures(trainer) -> dict:
-    if trainer.method == "reward":
-        return _of_rewards(trainer)
-    test, recipe = trainer.lab.test_pairs, replace(trainer.recipe, nll_on_prompt=False)
-    pairs = logps(trainer, trainer.model, test)
-    own = (
-        pairs
-        if "rejected_ids" in trainer.held_out[0]
-        else logps(trainer, trainer.model, trainer.held_out)
-    )
-    if trainer.method == "dpo" and trainer.held_out_reference is None:
+@dataclass
+class HeldOut:
+    """What a stage is measured on, and what is kept of its reference between evaluations."""
+
+    rows: list[dict]  # tokenised rows of the stage's own kind
+    pairs: list[dict]  # tokenised held-out pairs
+    prompts: list[str]  # answered at every evaluation, once each
+    tokenizer: object
+    sampling: Sampling
+    world: World | None = None  # its rule judges the answers
+    reference_logps: PairLogps | None = None  # of `pairs`
+    reference_answers: list[list[Answer]] | None = None
+
+    @torch.no_grad()
+    def measures(self, trainer) -> dict[str, float]:
+        """Held-out loss, both log-probabilities and, for preference stages, KL and win rate."""
+        found = self._rewards(trainer) if trainer.task.method == "reward" else self._logps(trainer)
+        return {f"held_out_{name}": float(value) for name, value in found.items()}
+
+    @torch.no_grad()
+    def remember_reference(self, trainer) -> None:
+        """Keeps what is needed of a reference that will go: its log-probabilities and answers.
+
+        Its log-probabilities of answers yet to come cannot be kept, so no KL is measured then.
+        (With LoRA it is: the adapter is switched off.)
+        """
         with trainer.as_reference() as reference:
-            trainer.held_out_reference = logps(trainer, reference, test)
-    count, tokens = len(trainer.held_out), losses.scored_tokens(trainer.held_out, recipe)
-    loss, found = losses.objective(
-        trainer.method, recipe, own, trainer.held_out_reference, count, tokens
-    )
-    found |= {"loss": loss, "nll": losses.sft_loss(own.chosen.sums, own.chosen.lengths)}
-    found |= {
-        "logps_chosen": pairs.chosen.sums.mean(),
-        "logps_rejected": pairs.rejected.sums.mean(),
-    }
-    if trainer.method == "dpo" or trainer.reference is not None:
-        found |= _on_samples(trainer)
-    return found
+            self.reference_logps = self.logps(trainer, reference, self.pairs)
+            if self.world:
+                self.reference_answers = self.answers(reference, self.sampling.seed + 1)
 
+    def logps(self, trainer, model, rows: list[dict]) -> PairLogps:
+        """Log-probabilities of all rows, without gradients."""
+        return logps_of(model, rows, trainer.task.eval_batch, trainer.response_logps)
 
-def _of_rewards(trainer) -> dict[str, float]:
-    """Loss, margin and accuracy of a reward model."""
-    trainer.policy.eval()
-    total, count = {}, len(trainer.held_out)
-    for start in range(0, count, trainer.eval_batch):
-        rows = trainer.held_out[start : start + trainer.eval_batch]
-        loss, found = reward_objective(
-            trainer.model, collate(rows, trainer.pad, trainer.model.device), count
-        )
-        for name, value in {"loss": loss, **found}.items():
-            total[name] = total.get(name, 0.0) + float(value)
-    return total
+    def answers(self, model, seed: int) -> list[list[Answer]]:
+        """One sampled answer to each prompt."""
+        return generate(model, self.tokenizer, self.prompts, replace(self.sampling, seed=seed))
 
+    def _logps(self, trainer) -> dict:
+        method, recipe = trainer.task.method, replace(trainer.recipe, nll_on_prompt=False)
+        pairs = self.logps(trainer, trainer.model, self.pairs)
+        own = pairs
+        if "rejected_ids" not in self.rows[0]:
+            own = self.logps(trainer, trainer.model, self.rows)
+        if method == "dpo" and self.reference_logps is None:
+            with trainer.as_reference() as reference:
+                self.reference_logps = self.logps(trainer, reference, self.pairs)
+        count, tokens = len(self.rows), losses.scored_tokens(self.rows, recipe)
+        loss, found = losses.objective(method, recipe, own, self.reference_logps, count, tokens)
+        nll = losses.sft_loss(own.chosen.sums, own.chosen.lengths)
+        found |= {"loss": loss, "nll": nll, "logps_chosen": pairs.chosen.sums.mean()}
+        found["logps_rejected"] = pairs.rejected.sums.mean()
+        if method == "dpo" or trainer.reference is not None:
+            found |= self._on_samples(trainer)
+        return found
 
-def _on_samples(trainer) -> dict[str, float]:
-    """KL to the reference and win rate against it, on one answer to each of a few held-out prompts."""
-    lab, found = trainer.lab, {}
-    world, own = lab.data.world, answers(trainer, trainer.model, lab.seed)
-    if trainer.reference is not None or trainer.lora:  # not after its log-probabilities were cached
-        rows = [vars(answer) for group in own for answer in group]
-        policy = logps(trainer, trainer.model, rows)
-        with trainer.as_reference() as reference:
-            found["kl"] = (policy.chosen.sums - logps(trainer, reference, rows).chosen.sums).mean()
-            if world and trainer.reference_answers is None:
-                trainer.reference_answers = answers(trainer, reference, lab.seed + 1)
-    if world:
-        found["win_rate"] = head_to_head(RuleJudge(world), own, trainer.reference_answers).rate
-    return found
+    def _on_samples(self, trainer) -> dict:
+        """KL to the reference and win rate against it, on one answer to each prompt."""
+        found, own = {}, self.answers(trainer.model, self.sampling.seed)
+        if trainer.reference is not None or trainer.has_adapter:  # it is still there
+            rows = [vars(answer) for group in own for answer in group]
+            policy = self.logps(trainer, trainer.model, rows).chosen.sums
+            with trainer.as_reference() as reference:
+                found["kl"] = (policy - self.logps(trainer, reference, rows).chosen.sums).mean()
+                if self.world and self.reference_answers is None:
+                    self.reference_answers = self.answers(reference, self.sampling.seed + 1)
+        if self.world:
+            judge = RuleJudge(self.world)
+            found["win_rate"] = head_to_head(judge, own, self.reference_answers).rate
+        return found
 
-
-def logps(trainer, model, rows: list[dict]) -> PairLogps:
-    """Log-probabilities of all rows, without gradients."""
-    return logps_of(model, rows, trainer.pad, trainer.eval_batch, trainer.path)
-
-
-def answers(trainer, model, seed: int) -> list[list[Answer]]:
-    """One sampled answer to each of a few held-out prompts."""
-    prompts, length = trainer.lab.prompts[:SAMPLED_PROMPTS], trainer.lab.profile.max_new_tokens
-    return generate(
-        model, trainer.lab.tokenizer, prompts, length, seed=seed, sharded=trainer.sharded
-    )
+    def _rewards(self, trainer) -> dict[str, float]:
+        """Loss, margin and accuracy of a reward model."""
+        trainer.policy.eval()
+        total, size = {}, trainer.task.eval_batch
+        for start in range(0, len(self.rows), size):
+            batch = collate(self.rows[start : start + size], device=trainer.model.device)
+            loss, found = reward_objective(trainer.model, batch, len(self.rows))
+            for name, value in {"loss": loss, **found}.items():
+                total[name] = total.get(name, 0.0) + float(value)
+        return total

@@ -1,22 +1,21 @@
-"""The optimiser that a profile asks for, as far as the device has it."""
+"""The optimiser that a task asks for, as far as the device has it."""
 
 import torch
 
-from common.profiles import Profile, Recipe
+from common.training.task import Task
 
 
 def new_optimizer(
-    parameters: list[torch.nn.Parameter], recipe: Recipe, profile: Profile, device: str
+    parameters: list[torch.nn.Parameter], task: Task, device: str
 ) -> tuple[torch.optim.Optimizer, str]:
-    """AdamW with the recipe's settings, and a note where it is another one than the profile asks
-    for; else "".
+    """AdamW with the recipe's settings, and a note where another one was asked for; else "".
 
     On a GPU it is PyTorch's fused AdamW, which takes no temporary copy of the weights, or
-    bitsandbytes' 8-bit one, whose moments are paged to the CPU when memory runs out. Args:
-    `device`: "cpu" or "cuda".
+    bitsandbytes' 8-bit one, whose moments are paged to the CPU when memory runs out.
+    Args: `device`: "cpu" or "cuda".
     """
+    recipe, paged = task.recipe, task.optimizer == "paged_adamw_8bit"
     settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
-    paged = profile.optimizer == "paged_adamw_8bit"
     if paged and device == "cuda":
         from bitsandbytes.optim import PagedAdamW8bit
 

@@ -6,7 +6,10 @@ import math
 import os
 
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
+
+from common.profiles import device_and_precision
 
 
 class LaunchError(RuntimeError):
@@ -55,6 +58,21 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
+def new_accelerator() -> Accelerator:
+    """Accelerate for this device and precision. Raises: LaunchError, as `check_launch`."""
+    device, dtype, _ = device_and_precision()
+    mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
+    # Without `cpu`, processes that torchrun starts on a machine without a GPU do not meet.
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
+    check_launch(accelerator)
+    return accelerator
+
+
+def is_sharded(accelerator) -> bool:
+    """Does FSDP keep the weights in shards?"""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
 def check_launch(accelerator) -> None:
     """Raises LaunchError unless Accelerate sees the processes, and the sharding, that the launcher
     was asked for.
@@ -66,10 +84,7 @@ def check_launch(accelerator) -> None:
             "train one model together. Start them with torchrun --nproc_per_node N -m common.training STAGE, or unset "
             "WORLD_SIZE for a single process."
         )
-    if (
-        os.environ.get("ACCELERATE_USE_FSDP") == "true"
-        and accelerator.distributed_type != DistributedType.FSDP
-    ):
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
         raise LaunchError(
             "FSDP was asked for, but Accelerate shards over several GPUs only. Without them use torchrun, or "
             "python -m common.training STAGE for one process."

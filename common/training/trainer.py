@@ -1,35 +1,33 @@
-"""The training loop itself: steps, held-out measures, early stopping, checkpoints and exact resume,
-on Accelerate.
+"""The training loop: batch, loss, backward, step, held-out measures, checkpoints, exact resume.
+
+It knows models, rows and a recipe, and nothing of the lab. Several processes are Accelerate's work.
 """
 
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from dataclasses import asdict
 
-import psutil
 import torch
-from accelerate import Accelerator
-from accelerate.utils import DistributedType, set_seed
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from common import losses, models
+from common import losses
 from common.data import collate
 from common.io.files import read_metrics, write_lines
 from common.judges import reward_objective
-from common.lab import Lab, stage_of
-from common.logprobs import PairLogps, checked_path, response_logps
-from common.plots.curves import LiveFigure
-from common.profiles import Recipe, device_and_precision
-from common.training import checkpoints, held_out, processes
+from common.logprobs import PairLogps
+from common.memory.meter import PeakMemory
+from common.packed import PATHS, checked_path
+from common.training import checkpoints, processes
 from common.training.optimizers import new_optimizer
-from common.training.reference import cache_reference, from_columns
+from common.training.reference import from_columns, reference_columns
 from common.training.signs import signs_of_over_optimisation
+from common.training.task import Progress, Session, Task
 
 
 class TrainingError(RuntimeError):
@@ -37,152 +35,69 @@ class TrainingError(RuntimeError):
 
 
 class Trainer:
-    """One run: its model, reference, optimiser and counters. `training.train` is the door to it."""
+    """One run. Args: the policy, with its adapter if it has one; the frozen reference, or None;
+    `evaluate`: takes the trainer and gives its held-out measures, `held_out_loss` among them.
+    """
 
     def __init__(
         self,
-        lab: Lab,
-        stage: str,
-        recipe: Recipe,
-        rows: list[dict],
-        held_out: list[dict],
-        folder: Path,
+        task: Task,
+        accelerator,
+        policy,
+        reference=None,
+        evaluate: Callable[["Trainer"], dict[str, float]] | None = None,
     ):
-        device, dtype, _ = device_and_precision()
-        mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
-        self.lab, self.recipe, self.rows, self.held_out, self.folder = (
-            lab,
-            recipe,
-            rows,
-            held_out,
-            folder,
-        )
-        self.method = stage_of(stage).method
-        self.stage, self.pad, self.eval_batch = (
-            stage,
-            lab.tokenizer.pad_token_id,
-            lab.profile.eval_batch,
-        )
-        imitates = self.method in ("lm", "sft") or (self.method == "orpo" and recipe.lambda_or == 0)
-        self.sides = (
-            ("chosen",) if imitates else ("chosen", "rejected")
-        )  # lambda 0 needs no rejected answers
-        # Without `cpu`, processes that torchrun starts on a machine without a GPU would not find
-        # each other.
-        self.accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)
-        processes.check_launch(self.accelerator)
-        self.sharded = self.accelerator.distributed_type == DistributedType.FSDP
-        if self.sharded and (lab.profile.lora or stage.endswith("_lora")):
-            raise processes.LaunchError(
-                "FSDP is for full fine-tuning here. LoRA fits one GPU: use torchrun."
-            )
-        count, batch = self.accelerator.num_processes, min(recipe.batch_size, len(rows))
-        divided = processes.shares(
-            count, batch, recipe.micro_batch, stage_of(stage).rows, self.sharded
-        )
-        if self.accelerator.is_main_process and (count > 1 or batch > recipe.micro_batch):
-            print(f"{stage}: {divided}")
-        self.per_epoch = max(
-            1, len(rows) // recipe.batch_size
-        )  # the rest is shuffled into other epochs
-        self.steps = max(1, round(self.per_epoch * recipe.epochs))
-        counters = (
-            "step",
-            "tokens",
-            "reference_flops",
-            "wall",
-            "cpu",
-            "aside",
-            "peak",
-            "since_best",
-        )
-        self.state = {
-            **dict.fromkeys(counters, 0),
-            "best": math.inf,
-            "warnings": [],
-            "stopped_early": False,
-        }
-        self.state |= {
-            "padded": {},
-            "flops_per_token": {},
-        }  # by path: the run's own, and the simple one to compare by
-
-    def build(self, parent_model, reference) -> None:
-        """Model, reference, optimiser and schedule."""
-        profile, recipe = self.lab.profile, self.recipe
-        set_seed(self.lab.seed, device_specific=True)
-        self.lora = bool(profile.lora) or self.stage.endswith("_lora")
-        self.model = models.add_lora(parent_model, profile) if self.lora else parent_model
-        if profile.gradient_checkpointing and not profile.four_bit:
-            self.model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": False}
-            )
-        if self.method in (
-            "dpo",
-            "orpo",
-            "reward",
-        ):  # noise in the policy alone would move it off its reference
-            models.disable_dropout(self.model)
-        self.model.config.pad_token_id = self.pad
-        if self.sharded and reference is not None:
-            reference = fsdp2_prepare_model(self.accelerator, reference)
-        self.reference, self.held_out_reference, self.reference_answers = reference, None, None
-        if not self.sharded:
-            self.path = self.choose_path()
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        optimizer, note = new_optimizer(trainable, recipe, profile, self.accelerator.device.type)
-        if note and self.accelerator.is_main_process:
-            print(f"{self.stage}: {note}")
+        self.task, self.accelerator, self.evaluate = task, accelerator, evaluate
+        self.model, self.reference, self.progress = policy, reference, Progress()
+        self.rows, self.recipe = task.rows, task.recipe
+        # The rows beyond the last full batch are shuffled into other epochs.
+        self.per_epoch = max(1, len(self.rows) // self.recipe.batch_size)
+        self.steps = max(1, round(self.per_epoch * self.recipe.epochs))
+        sharded = processes.is_sharded(accelerator)
+        if sharded and reference is not None:
+            self.reference = fsdp2_prepare_model(accelerator, reference)
+        if not sharded:
+            self.choose_path()
+        learned = [weight for weight in policy.parameters() if weight.requires_grad]
+        optimizer, note = new_optimizer(learned, task, accelerator.device.type)
+        self.say(note)
         warmup = round(self.recipe.warmup * self.steps)
-        self.schedule = get_scheduler(recipe.schedule, optimizer, warmup, self.steps)
-        self.policy, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.accelerator.register_for_checkpointing(self.schedule)
-        if self.sharded:  # before, its weights were on the CPU
-            self.path = self.choose_path()
-        if self.lora:
-            checkpoints.keep_only_trained(self.accelerator)
-        if self.method == "dpo" and recipe.cache_reference:
-            cache_reference(self)
+        self.schedule = get_scheduler(self.recipe.schedule, optimizer, warmup, self.steps)
+        self.policy, self.optimizer = accelerator.prepare(policy, optimizer)
+        accelerator.register_for_checkpointing(self.schedule)
+        if sharded:  # before, its weights were on the CPU
+            self.choose_path()
+        self.has_adapter = any("lora_" in name for name, _ in policy.named_parameters())
+        if self.has_adapter:
+            checkpoints.keep_only_trained(accelerator)
 
-    def choose_path(self) -> str:
-        """The recipe's path, if it is the simple one or the model can be packed; says so in one
-        line.
-        """
-        if self.recipe.path == "simple" or self.method == "reward":
-            return "simple"
-        count = max(
-            2, self.recipe.micro_batch
-        )  # in 16 bit a row is a little apart from itself in a batch
-        first = [self.rows[number] for number in self.step_rows(0)[:count]]  # on every process
-        longest = max(
-            self.rows,
-            key=lambda row: len(row["prompt_ids"]) + max(len(row[f"{s}_ids"]) for s in self.sides),
-        )
-        batches = [
-            collate(rows, self.pad, self.model.device, self.sides) for rows in (first, [longest])
-        ]
-        path, why = processes.of_main(
-            checked_path(self.model, batches)
-        )  # the same on every process
-        if self.accelerator.is_main_process:
-            print(f"{self.stage}: {path} path, {why}")
-        return path
+    def say(self, text: str) -> None:
+        """Prints a line about this run, once for all processes."""
+        if text and self.accelerator.is_main_process:
+            print(f"{self.task.name}: {text}")
 
-    def step_rows(self, step: int) -> list[int]:
-        """Row numbers of a step: a pure function of seed and step, so that a resumed run sees the
-        same batches.
-        """
-        epoch, place = divmod(step, self.per_epoch)
-        order = torch.randperm(
-            len(self.rows), generator=torch.Generator().manual_seed(1000 * self.lab.seed + epoch)
-        )
-        return order[place * self.recipe.batch_size : (place + 1) * self.recipe.batch_size].tolist()
+    def choose_path(self) -> None:
+        """Takes the recipe's path to the log-probabilities, if the model gives right values on it."""
+        self.path = "simple"
+        if self.recipe.path == "packed" and self.task.method != "reward":
+            sides = self.task.sides
+            count = max(2, self.recipe.micro_batch)  # a row alone is a little apart in 16 bit
+            first = [self.rows[number] for number in self.row_numbers(0)[:count]]
+            longest = max(self.rows, key=lambda row: row_length(row, sides))
+            batches = [
+                collate(rows, device=self.model.device, sides=sides) for rows in (first, [longest])
+            ]
+            most = max(self.task.longest, row_length(longest, sides))
+            # The first process decides, so that all take the same path.
+            self.path, why = processes.of_main(checked_path(self.model, batches, most))
+            self.say(f"{self.path} path, {why}")
+        self.response_logps = PATHS[self.path]
+
+    # --- the reference
 
     @contextmanager
     def as_reference(self) -> Iterator[torch.nn.Module]:
-        """The frozen reference, in the policy's precision: a second model, or the policy with its
-        adapter off.
-        """
+        """The frozen reference in the policy's precision: a model, or the policy's adapter off."""
         with self.accelerator.autocast():
             if self.reference is not None:
                 yield self.reference
@@ -190,252 +105,244 @@ class Trainer:
                 with self.model.disable_adapter():
                     yield self.model
 
-    def reference_logps(self, batch: dict) -> PairLogps | None:
-        """Log-probabilities under the reference, for the methods that have one: from the rows'
-        columns, or computed.
-        """
-        if self.method != "dpo":
+    def reference_logps(self, batch: dict, response_logps: Callable) -> PairLogps | None:
+        """Log-probabilities under the reference, for DPO: from the rows' columns, or computed."""
+        if self.task.method != "dpo":
             return None
         if "reference" in batch:
             return batch["reference"]
         with torch.no_grad(), self.as_reference() as reference:
-            return response_logps(reference, batch, self.path)
+            return response_logps(reference, batch)
 
-    def loss(self, batch: dict, pairs: int, tokens: int) -> tuple[torch.Tensor, dict]:
-        """Loss and metrics of a micro-batch of a step with so many pairs and tokens."""
-        if self.method == "reward":
-            return reward_objective(self.policy, batch, pairs)
-        reference = self.reference_logps(
-            batch
-        )  # first: the policy's activations, kept from then on, are not there yet
-        policy = response_logps(
-            self.policy, batch, self.path, score_prompt=self.recipe.nll_on_prompt
-        )
-        return losses.objective(self.method, self.recipe, policy, reference, pairs, tokens)
+    def cache_reference(self) -> None:
+        """Computes the reference's log-probabilities of all rows once, and lets the reference go."""
+        show = self.accelerator.is_main_process
+        with self.as_reference() as model:
+            columns, cost = reference_columns(self.task, model, self.path, show)
+        values = zip(*columns.values(), strict=True)
+        self.rows = [
+            row | dict(zip(columns, pair, strict=True))
+            for row, pair in zip(self.rows, values, strict=True)
+        ]
+        for name, value in cost.items():
+            setattr(self.progress, name, value)
+        self.reference = None
 
-    def micro_batches(self, numbers: list[int]) -> list[dict]:
-        """This process's share of a step, in micro-batches."""
-        accelerator, size = self.accelerator, self.recipe.micro_batch
-        mine = [
-            self.rows[number]
-            for number in numbers[accelerator.process_index :: accelerator.num_processes]
-        ]
-        batches = [
-            collate(rows, self.pad, accelerator.device, self.sides) for rows in batched(mine, size)
-        ]
-        if "reference_chosen_logps" in self.rows[0]:
-            for batch, rows in zip(batches, batched(mine, size), strict=True):
-                batch["reference"] = from_columns(rows, batch)
+    # --- one step
+
+    def row_numbers(self, step: int) -> list[int]:
+        """Rows of a step: a function of seed and step, so that a resumed run sees the same ones."""
+        epoch, place = divmod(step, self.per_epoch)
+        generator = torch.Generator().manual_seed(1000 * self.task.seed + epoch)
+        order = torch.randperm(len(self.rows), generator=generator)
+        size = self.recipe.batch_size
+        return order[place * size : (place + 1) * size].tolist()
+
+    def next_batch(self) -> list[dict]:
+        """The rows of the next step, of all processes together."""
+        return [self.rows[number] for number in self.row_numbers(self.progress.step)]
+
+    def micro_batches(self, rows: list[dict]) -> list[dict]:
+        """This process's share of a step, as batches of at most `micro_batch` rows."""
+        accelerator, batches = self.accelerator, []
+        mine = rows[accelerator.process_index :: accelerator.num_processes]
+        for start in range(0, len(mine), self.recipe.micro_batch):
+            part = mine[start : start + self.recipe.micro_batch]
+            batch = collate(part, device=accelerator.device, sides=self.task.sides)
+            if "reference_chosen_logps" in part[0]:
+                batch["reference"] = from_columns(part, batch)
+            batches.append(batch)
         return batches
 
-    def step(self) -> dict[str, float]:
-        """One optimiser step over the next batch. Raises: TrainingError where the loss is not
-        finite.
-        """
-        numbers, accelerator = self.step_rows(self.state["step"]), self.accelerator
-        rows = [self.rows[number] for number in numbers]
-        tokens, total = losses.scored_tokens(rows, self.recipe), {}
-        batches = self.micro_batches(numbers)
+    def loss(self, batch: dict, pairs: int, tokens: int, response_logps: Callable | None = None):
+        """(loss, metrics) of a micro-batch of a step with so many pairs and scored tokens."""
+        if self.task.method == "reward":
+            return reward_objective(self.policy, batch, pairs)
+        response_logps = response_logps or self.response_logps
+        # The reference first: the policy's activations are kept from then on.
+        reference = self.reference_logps(batch, response_logps)
+        policy = response_logps(self.policy, batch, self.recipe.nll_on_prompt)
+        return losses.objective(self.task.method, self.recipe, policy, reference, pairs, tokens)
+
+    def backward(self, rows: list[dict]) -> dict[str, float]:
+        """Loss and gradients of a step's rows. Returns: the loss and the metrics of the step."""
+        accelerator, progress, total = self.accelerator, self.progress, {}
+        pairs, tokens = len(rows), losses.scored_tokens(rows, self.recipe)
+        batches = self.micro_batches(rows)
         self.policy.train()
-        if not self.state["flops_per_token"]:
-            self.state["flops_per_token"] = self.count_flops(batches[0], len(rows), tokens)
+        if not progress.flops_per_token:
+            progress.flops_per_token = self.count_flops(batches[0], pairs, tokens)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
-            with accelerator.no_sync(self.policy) if not last else nullcontext():
-                loss, metrics = self.loss(batch, len(rows), tokens)
-                # Distributed training averages gradients over processes; the loss is already the
-                # step's share.
+            with nullcontext() if last else accelerator.no_sync(self.policy):
+                loss, metrics = self.loss(batch, pairs, tokens)
+                # Processes average their gradients; the loss is already a share of the step's.
                 accelerator.backward(loss * accelerator.num_processes)
             for name, value in {"loss": loss, **metrics}.items():
-                total[name] = (
-                    total.get(name, 0.0)
-                    + torch.as_tensor(value, dtype=torch.float64).detach().cpu()
-                )
-            for path in self.state["flops_per_token"]:
-                now = self.padded(batch, path) * accelerator.num_processes
-                self.state["padded"][path] = self.state["padded"].get(path, 0) + now
+                value = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+                total[name] = total.get(name, 0.0) + value
+            for path in progress.flops_per_token:
+                seen = padded_tokens(batch, self.task.sides, path) * accelerator.num_processes
+                progress.padded[path] = progress.padded.get(path, 0) + seen
         names = sorted(total)
-        summed = accelerator.reduce(
-            torch.stack([total[name] for name in names]).to(accelerator.device), "sum"
-        )
-        values = dict(zip(names, summed.tolist(), strict=True))
-        if not all(map(math.isfinite, values.values())):
-            raise TrainingError(
-                f"The loss is not finite at step {self.state['step'] + 1} (rows {numbers}): {values}. The weights are "
-                f"still those of step {self.state['step']}. Look for broken text in these rows, or lower the rate."
-            )
-        accelerator.clip_grad_norm_(self.policy.parameters(), self.recipe.clip)
+        values = torch.stack([total[name] for name in names]).to(accelerator.device)
+        values = dict(zip(names, accelerator.reduce(values, "sum").tolist(), strict=True))
+        self.check_finite(values)
+        return values
+
+    def step(self, rows: list[dict], values: dict[str, float]) -> dict[str, float]:
+        """Clips the gradients and takes the optimiser's step. Returns: the step's row of metrics."""
+        self.accelerator.clip_grad_norm_(self.policy.parameters(), self.recipe.clip)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        self.state["step"] += 1
-        seen = [
-            len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in self.sides
-        ]
-        self.state["tokens"] += sum(seen)
-        return {"step": self.state["step"], "lr": lr, "tokens": self.state["tokens"], **values}
+        self.progress.step += 1
+        sides = self.task.sides
+        seen = [len(row["prompt_ids"]) + len(row[f"{side}_ids"]) for row in rows for side in sides]
+        self.progress.tokens += sum(seen)
+        return {"step": self.progress.step, "lr": lr, "tokens": self.progress.tokens, **values}
 
-    def padded(self, batch: dict, path: str) -> int:
-        """Tokens of a batch as the model sees them: packed, each once; else every row as long as
-        the longest.
-        """
-        if path == "packed":
-            return sum(int(batch[f"{part}_lengths"].sum()) for part in ("prompt", *self.sides))
-        longest = max(
-            int((batch["prompt_lengths"] + batch[f"{side}_lengths"]).max()) for side in self.sides
+    def check_finite(self, values: dict[str, float]) -> None:
+        """Raises TrainingError where the loss or a metric of the step is not finite."""
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if not broken:
+            return
+        numbers, done = self.row_numbers(self.progress.step), self.progress.step
+        raise TrainingError(
+            f"The loss is not finite at step {done + 1} (rows {numbers}): {values}. The weights "
+            f"are still those of step {done}. Not finite: {', '.join(broken)}. If nll is among "
+            "them, look for broken text in these rows, or lower the learning rate; if only the "
+            "odds ratio is, an answer has become certain or impossible: lower lambda_or."
         )
-        return len(self.sides) * len(batch["prompt_ids"]) * longest
 
     def count_flops(self, batch: dict, pairs: int, tokens: int) -> dict[str, float]:
-        """Floating-point operations per padded token of one micro-batch, counted forward and
-        backward, by path.
-        """
-        own, counted = self.path, {}
-        for path in dict.fromkeys((own, "simple")):
-            self.path = path
+        """Operations per padded token of one micro-batch, forward and backward, by path."""
+        counted = {}
+        for path in dict.fromkeys((self.path, "simple")):
             with torch.random.fork_rng(), FlopCounterMode(display=False) as counter:
-                self.accelerator.backward(self.loss(batch, pairs, tokens)[0])
+                self.accelerator.backward(self.loss(batch, pairs, tokens, PATHS[path])[0])
             self.optimizer.zero_grad()
-            counted[path] = counter.get_total_flops() / self.padded(batch, path)
-        self.path = own
+            seen = padded_tokens(batch, self.task.sides, path)
+            counted[path] = counter.get_total_flops() / seen
         return counted
 
-    def evaluate(self) -> dict[str, float]:
-        """Held-out measures, as `held_out_<name>`."""
-        return held_out.measures(self)
+    # --- the loop
 
-    def evaluates_at(self, step: int) -> bool:
-        """Is this one of the recipe's evaluations? They are spread evenly, and the last is at the
-        last step.
-        """
-        times = min(max(1, self.recipe.evaluations), self.steps)
-        return step * times // self.steps > (step - 1) * times // self.steps
-
-    def newest_checkpoint(self, fingerprint: str) -> tuple[Path, dict, list[dict]] | None:
-        """The newest checkpoint of this very run, its state, and the metrics up to it; None if
-        there is none.
-        """
-        newest = checkpoints.newest(self.folder)
-        state = checkpoints.read_state(newest) if newest else {}
-        if state.get("fingerprint") != fingerprint:
-            if newest:
-                print(
-                    f"{self.stage}: the checkpoint in {self.folder.name} is of other settings or data; starting anew"
-                )
-            return None
-        return (
-            newest,
-            state,
-            [row for row in read_metrics(self.folder) if row["step"] <= state["step"]],
-        )
-
-    def resume_from(self, fingerprint: str) -> list[dict]:
-        """Goes back to that checkpoint, if there is one, on all processes. Returns the metrics up
-        to it.
-        """
-        main = self.accelerator.is_main_process
-        found = processes.of_main(self.newest_checkpoint(fingerprint) if main else None)
-        if not found:
-            return []
-        newest, self.state, metrics = found
-        self.accelerator.load_state(str(newest))
-        if main:
-            print(f"{self.stage}: resumed at step {self.state['step']} of {self.steps}")
-        return metrics
-
-    def run(
-        self, fingerprint: str, resume: bool, live: bool, checkpoint_every: int | None
-    ) -> list[dict]:
+    def run(self, fingerprint: str, session: Session, figure=None) -> list[dict]:
         """The loop. Returns one dict of metrics per step; row 0 is the model as it was."""
-        main = self.accelerator.is_main_process
-        self.state["fingerprint"] = fingerprint
-        processes.check_same(fingerprint)
-        metrics = self.resume_from(fingerprint) if resume else []
-        if main:
-            write_lines(
-                self.folder / "metrics.jsonl", metrics
-            )  # makes the folder, or says why it cannot
-            (self.folder / "run.json").unlink(
-                missing_ok=True
-            )  # no longer the run that it described
-            if not metrics:
-                checkpoints.remove(self.folder)
-        if not metrics:
-            metrics = [{"step": 0, **processes.of_main(self.evaluate())}]
-            write_lines(self.folder / "metrics.jsonl", metrics) if main else None
-        figure = LiveFigure(self.stage, self.steps) if live and main else None
-        process = psutil.Process()
-        if torch.cuda.is_available():
-            # else an earlier run's peak would be reported as this one's
-            torch.cuda.reset_peak_memory_stats()
-        clock = time.perf_counter() - self.state["wall"], time.process_time() - self.state["cpu"]
-        bar = tqdm(total=self.steps, initial=self.state["step"], desc=self.stage, disable=not main)
-        while self.state["step"] < self.steps and not self.state["stopped_early"]:
-            row = self.step()
-            step, last, start = row["step"], row["step"] == self.steps, time.perf_counter()
-            if evaluated := self.evaluates_at(step):
-                row |= processes.of_main(
-                    self.evaluate()
-                )  # what is decided by it is decided alike everywhere
-                if not math.isfinite(row["held_out_loss"]):
-                    raise TrainingError(
-                        f"The held-out loss is not finite after step {step}: lower the learning rate."
-                    )
-                self.keep_or_stop(row, main)
-            metrics.append(row)
-            self.state["aside"] += (
-                time.perf_counter() - start
-            )  # held-out measures, part of the wall time
-            self.state["wall"], self.state["cpu"] = (
-                time.perf_counter() - clock[0],
-                time.process_time() - clock[1],
-            )
-            self.state["peak"] = max(self.state["peak"], _memory(process))
-            if main:
-                with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-            if evaluated:
-                for sign in signs_of_over_optimisation(metrics):
-                    self.state["warnings"].append(f"step {step}: {sign}")
-                    bar.write(f"warning, step {step}: {sign}") if main else None
-            if not last and (step % checkpoint_every == 0 if checkpoint_every else evaluated):
-                checkpoints.save(self.accelerator, self.folder, self.state)
-            bar.update()
-            bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
-            if figure:
-                figure.update(metrics, force=last)
+        metrics = self.begin(fingerprint, session.resume)
+        progress, main = self.progress, self.accelerator.is_main_process
+        wall, cpu = time.perf_counter() - progress.wall, time.process_time() - progress.cpu
+        name = self.task.name
+        bar = tqdm(total=self.steps, initial=progress.step, desc=name, disable=not main)
+        with PeakMemory() as memory:
+            while progress.step < self.steps and not progress.stopped_early:
+                rows = self.next_batch()
+                values = self.backward(rows)
+                row = self.step(rows, values)
+                last, evaluated = row["step"] == self.steps, self.evaluates_at(row["step"])
+                if evaluated:
+                    self.measure(row)
+                metrics.append(row)
+                progress.wall, progress.cpu = time.perf_counter() - wall, time.process_time() - cpu
+                progress.peak = max(progress.peak, memory.peak)
+                if main:
+                    with open(self.task.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+                        file.write(json.dumps(row) + "\n")
+                for sign in signs_of_over_optimisation(metrics) if evaluated else []:
+                    progress.warnings.append(f"step {row['step']}: {sign}")
+                    bar.write(f"warning, {progress.warnings[-1]}") if main else None
+                every = session.checkpoint_every
+                if not last and (row["step"] % every == 0 if every else evaluated):
+                    checkpoints.save(self.accelerator, self.task.folder, asdict(progress))
+                bar.update()
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
+                if figure and main:
+                    figure.update(metrics, force=last)
         bar.close()
         return metrics
 
-    def keep_or_stop(self, row: dict, main: bool) -> None:
-        """Keeps the best weights so far; stops when the held-out loss has not improved for
-        `patience` evaluations.
+    def begin(self, fingerprint: str, resume: bool) -> list[dict]:
+        """Goes back to the newest checkpoint of this very run, or starts anew with row 0.
+
+        Returns: the metrics so far.
         """
-        if row["held_out_loss"] < self.state["best"]:
-            self.state |= {"best": row["held_out_loss"], "since_best": 0, "best_step": row["step"]}
-            if self.recipe.keep_best:
-                checkpoints.save_best(self.model, self.folder, main)
+        main, folder = self.accelerator.is_main_process, self.task.folder
+        processes.check_same(fingerprint)
+        found = self.newest_checkpoint(fingerprint) if main and resume else None
+        metrics = []
+        if found := processes.of_main(found):
+            newest, state, metrics = found
+            self.progress = Progress(**state)
+            self.accelerator.load_state(str(newest))
+            self.say(f"resumed at step {self.progress.step} of {self.steps}")
+        self.progress.fingerprint = fingerprint
+        if main:
+            write_lines(folder / "metrics.jsonl", metrics)  # makes the folder, or says why not
+            (folder / "run.json").unlink(missing_ok=True)  # no longer the run that it described
+        if not metrics:
+            checkpoints.remove(folder) if main else None
+            metrics = [{"step": 0, **self.held_out_measures()}]
+            write_lines(folder / "metrics.jsonl", metrics) if main else None
+        return metrics
+
+    def newest_checkpoint(self, fingerprint: str) -> tuple | None:
+        """(checkpoint, its progress, the metrics up to it) of this very run, or None."""
+        newest = checkpoints.newest(self.task.folder)
+        state = checkpoints.read_state(newest) if newest else {}
+        if state.get("fingerprint") != fingerprint:
+            if newest:
+                name = self.task.folder.name
+                self.say(f"the checkpoint in {name} is of other settings or data; starting anew")
+            return None
+        metrics = [row for row in read_metrics(self.task.folder) if row["step"] <= state["step"]]
+        return newest, state, metrics
+
+    def evaluates_at(self, step: int) -> bool:
+        """Is this one of the evaluations? They are spread evenly, the last one at the last step."""
+        times = min(max(1, self.recipe.evaluations), self.steps) if self.evaluate else 0
+        return step * times // self.steps > (step - 1) * times // self.steps
+
+    def held_out_measures(self) -> dict[str, float]:
+        """The first process's measures, so that what is decided by them is decided alike."""
+        return processes.of_main(self.evaluate(self) if self.evaluate else {})
+
+    def measure(self, row: dict) -> None:
+        """Adds the held-out measures to a step's row, keeps the best weights, and stops early.
+
+        Raises: TrainingError for a held-out loss that is not finite.
+        """
+        start, progress, recipe = time.perf_counter(), self.progress, self.recipe
+        row |= self.held_out_measures()
+        loss = row["held_out_loss"]
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"The held-out loss is not finite after step {row['step']}: "
+                "lower the learning rate."
+            )
+        if loss < progress.best:
+            progress.best, progress.best_step, progress.since_best = loss, row["step"], 0
+            if recipe.keep_best:
+                main = self.accelerator.is_main_process
+                checkpoints.save_best(self.model, self.task.folder, main)
         else:
-            self.state["since_best"] += 1
-            if self.recipe.patience and self.state["since_best"] >= self.recipe.patience:
-                self.state["stopped_early"] = True
-                if main:
-                    best = self.state["best_step"]
-                    print(
-                        f"{self.stage}: stopped at step {row['step']}; the best held-out loss was at step {best}"
-                    )
+            progress.since_best += 1
+            if recipe.patience and progress.since_best >= recipe.patience:
+                progress.stopped_early = True
+                best = progress.best_step
+                self.say(f"stopped at step {row['step']}; the best held-out loss was at {best}")
+        progress.aside += time.perf_counter() - start
 
 
-def batched(rows: list, size: int) -> list[list]:
-    """`rows` in lists of at most `size`."""
-    return [rows[at : at + size] for at in range(0, len(rows), size)]
+def row_length(row: dict, sides: tuple[str, ...]) -> int:
+    """Tokens of the prompt with the longer of its answers."""
+    return len(row["prompt_ids"]) + max(len(row.get(f"{side}_ids", ())) for side in sides)
 
 
-def _memory(process: psutil.Process) -> int:
-    """Bytes in use: the peak of GPU memory, or this process's resident memory now."""
-    return (
-        torch.cuda.max_memory_allocated()
-        if torch.cuda.is_available()
-        else process.memory_info().rss
-    )
+def padded_tokens(batch: dict, sides: tuple[str, ...], path: str) -> int:
+    """Tokens as the model sees them. Packed: each once; else every row as long as the longest."""
+    if path == "packed":
+        return sum(int(batch[f"{part}_lengths"].sum()) for part in ("prompt", *sides))
+    ends = [batch["prompt_lengths"] + batch[f"{side}_lengths"] for side in sides]
+    return len(sides) * len(batch["prompt_ids"]) * max(int(each.max()) for each in ends)
