@@ -87,7 +87,7 @@ class Engine:
         self.ready.clear()
 
     async def _ended(self, seconds: float) -> bool:
-        """Waits so long. Has the engine's process ended meanwhile? Nobody knows of a foreign one."""
+        """Waits so long. Has the engine's process ended? Only of our own one this is known."""
         await asyncio.sleep(seconds)
         return False
 

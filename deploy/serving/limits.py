@@ -132,7 +132,7 @@ class Slots:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """Holds a place, after waiting for one. Raises: Refusal (429) at once if the line is full."""
+        """Holds a place, after waiting for one. Raises: Refusal (429) if the line is full."""
         if self.free.locked() and self.waiting >= self.longest:
             wait = max(1, math.ceil((self.waiting + 1) / self.places * self.seconds))
             said = f"{self.running} requests are running and {self.waiting} are waiting."
