@@ -1,7 +1,6 @@
-"""The run folder: where artifacts are, what they came from, and loading them with an error that
-helps.
+"""What a notebook opens: profile, data, trained stages and their lineage, with errors that help.
 
-The only module that knows which notebook makes which stage.
+It is the only module that knows which notebook makes which stage.
 """
 
 import json
@@ -31,9 +30,7 @@ DPO_LAB, ORPO_LAB = "Lab-1.7-DPO_Alignment", "Lab-1.8-ORPO_Alignment"
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of the lineage: which model it starts from, what it learns from, which notebook
-    makes it.
-    """
+    """One step of the lineage: where it starts, what it learns from, which notebook makes it."""
 
     parent: str | None
     method: str  # "lm", "sft", "dpo", "orpo" or "reward"
@@ -52,34 +49,35 @@ STAGES = {
     "orpo_lambda0": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
 }
 
+# Fields of a profile that decide no weight: a change of them makes no run stale.
+NO_WEIGHT = ("recipes", "sources", "reason", "overrides", "samples", "sweep_epochs", "eval_batch")
+NO_WEIGHT += ("seeds", "flaw_rates")
+
 
 class MissingRun(FileNotFoundError):
-    """A stage that was not trained yet. The message names the notebook and the command that make
-    it.
-    """
+    """A stage that was not trained yet. The message names the notebook and the command to run."""
 
 
 class BrokenLineage(RuntimeError):
-    """A stage whose parent or reference was trained again since: the two no longer belong together."""
+    """A stage whose parent or reference was trained again since."""
 
 
 def stage_of(name: str) -> Stage:
-    """The stage called `name`; a LoRA variant (`dpo_lora`) is the stage itself, trained through
-    adapters.
+    """The stage called `name`. A LoRA variant (`dpo_lora`) is the stage trained through adapters.
 
     Raises: ValueError for an unknown stage.
     """
     if name.removesuffix("_lora") not in STAGES:
-        raise ValueError(
-            f"Unknown stage {name!r}. Choose one of: {', '.join(STAGES)} (or one of them with _lora)."
-        )
+        known = ", ".join(STAGES)
+        raise ValueError(f"Unknown stage {name!r}. Choose one of: {known}, or one with _lora.")
     return STAGES[name.removesuffix("_lora")]
 
 
 @dataclass
 class Lab:
-    """What a notebook works with: the profile, the seed, and lazily its data, tokenizer and trained
-    stages.
+    """What a notebook works with: profile and seed, and lazily data, tokenizer and trained stages.
+
+    Reports of dropped and cut rows are in `data.reports`.
     """
 
     profile: Profile
@@ -98,17 +96,12 @@ class Lab:
     def tokenizer(self):
         if not models.is_tiny(self.profile):
             return models.load_tokenizer(self.profile.model)
-        texts = [
-            *self.data.texts,
-            *(row["prompt"] + row["chosen"] for row in self.data.demonstrations),
-        ]
-        return models.train_tokenizer(texts, self.profile.vocabulary)
+        shown = [row["prompt"] + row["chosen"] for row in self.data.demonstrations]
+        return models.train_tokenizer([*self.data.texts, *shown], self.profile.vocabulary)
 
     @cached_property
     def train_pairs(self) -> Dataset:
-        """Tokenised training pairs; the report of dropped and cut rows is in `data.reports["train
-        tokens"]`.
-        """
+        """Tokenised training pairs."""
         return self._tokenize(tokenize_pairs, self.data.train, "train tokens")
 
     @cached_property
@@ -119,9 +112,8 @@ class Lab:
     @cached_property
     def demonstrations(self) -> Dataset:
         """Tokenised demonstrations for SFT."""
-        return self._tokenize(
-            tokenize_demonstrations, self.data.demonstrations, "demonstration tokens"
-        )
+        rows = self.data.demonstrations
+        return self._tokenize(tokenize_demonstrations, rows, "demonstration tokens")
 
     @cached_property
     def texts(self) -> Dataset:
@@ -130,26 +122,18 @@ class Lab:
 
     @cached_property
     def prompts(self) -> list[str]:
-        """Held-out prompts that leave room for a whole answer; the others are counted in
-        `data.reports["prompts"]`.
-        """
-        room = self.profile.max_length - self.profile.max_new_tokens
-        lengths = [len(ids) for ids in self.tokenizer(self.data.prompts)["input_ids"]]
-        kept = [
-            prompt
-            for prompt, length in zip(self.data.prompts, lengths, strict=True)
-            if length <= room
-        ]
+        """Held-out prompts that leave room for a whole answer; the others are counted."""
+        prompts, room = self.data.prompts, self.profile.max_length - self.profile.max_new_tokens
+        ids = self.tokenizer(prompts)["input_ids"]
+        kept = [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) <= room]
         if not kept:
             raise ValueError(
-                f"No held-out prompt is within {room} tokens: raise max_length or use shorter prompts."
+                f"No held-out prompt is within {room} tokens: "
+                "raise max_length or use shorter prompts."
             )
-        report = self.data.reports["prompts"] = CleaningReport(
-            "held-out prompts", rows=len(lengths)
-        )
-        report.dropped[f"longer than {room} tokens: no room for an answer"] = len(lengths) - len(
-            kept
-        )
+        report = self.data.reports["prompts"] = CleaningReport("held-out prompts", len(prompts))
+        reason = f"longer than {room} tokens: no room for an answer"
+        report.dropped[reason] = len(prompts) - len(kept)
         return kept
 
     def _tokenize(self, tokenize, rows, name: str) -> Dataset:
@@ -171,8 +155,8 @@ class Lab:
         path = self.path(stage, sweep) / "run.json"
         if not path.exists():
             raise MissingRun(
-                f"No finished run of stage {stage!r} in {path.parent}. "
-                f"Run the notebook {stage_of(stage).notebook} first, or: {self.train_command(stage)}"
+                f"No finished run of stage {stage!r} in {path.parent}. Run the notebook "
+                f"{stage_of(stage).notebook} first, or: {self.train_command(stage)}"
             )
         return json.loads(path.read_text(encoding="utf-8"))
 
@@ -186,9 +170,7 @@ class Lab:
         return stage != "base" or models.is_tiny(self.profile)
 
     def pretrained_fingerprint(self) -> str:
-        """Of the model that LAB_MODEL or the profile names: its hub id, or the names, sizes and
-        times of its files.
-        """
+        """Of the pre-trained model: its hub id, or the names, sizes and times of its files."""
         files = sorted(path for path in Path(self.profile.model).glob("*") if path.is_file())
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return digest([self.profile.model, stats])
@@ -201,12 +183,13 @@ class Lab:
         return str(self.path(stage, sweep))
 
     def fingerprint_of(self, stage: str) -> str:
-        """Of a finished stage; of the pre-trained model where that is the base. Raises: MissingRun."""
-        return (
-            self.record(stage)["fingerprint"]
-            if self.has_own_weights(stage)
-            else self.pretrained_fingerprint()
-        )
+        """Of a finished stage, or of the pre-trained model where that is the base.
+
+        Raises: MissingRun.
+        """
+        if not self.has_own_weights(stage):
+            return self.pretrained_fingerprint()
+        return self.record(stage)["fingerprint"]
 
     def tokenizer_digest(self) -> str:
         """Fingerprint of the vocabulary."""
@@ -215,8 +198,7 @@ class Lab:
     def lineage(self, stage: str, sweep: str | None = None) -> list[str]:
         """Fingerprints from the base to a finished run, the base first.
 
-        Raises: MissingRun; BrokenLineage where the parent or the reference is no longer the one it
-            was trained with.
+        Raises: MissingRun; BrokenLineage where parent or reference was trained again since.
         """
         if not self.has_own_weights(stage):
             return [self.pretrained_fingerprint()]
@@ -225,17 +207,15 @@ class Lab:
             name = record[role]
             if name and record["fingerprint_parts"][role] != self.fingerprint_of(name):
                 raise BrokenLineage(
-                    f"{sweep or stage} was trained from another {name} ({role}) than the one that is here now. Run the "
-                    f"notebook {stage_of(stage).notebook} again, or: {self.train_command(stage)}"
+                    f"{sweep or stage} was trained from another {name} ({role}) than the one that "
+                    f"is here now. Run the notebook {stage_of(stage).notebook} again, or: "
+                    f"{self.train_command(stage)}"
                 )
-        return [
-            *(self.lineage(record["parent"]) if record["parent"] else []),
-            record["fingerprint"],
-        ]
+        before = self.lineage(record["parent"]) if record["parent"] else []
+        return [*before, record["fingerprint"]]
 
     def load(self, stage: str, sweep: str | None = None, device: str | None = None):
-        """The model of a finished stage, in evaluation mode, on this machine's device or another
-        one.
+        """The model of a finished stage, in evaluation mode, on this machine's device or another.
 
         Raises: MissingRun, BrokenLineage, models.ModelError.
         """
@@ -252,23 +232,10 @@ class Lab:
     def fingerprint_parts(
         self, stage: str, recipe, rows: list, parent: str | None, reference: str | None
     ) -> dict:
-        """Everything that decides the weights of a run, named, so that a stale run can say what
-        changed.
-        """
-        without = (
-            "recipes",
-            "sources",
-            "reason",
-            "overrides",
-            "samples",
-            "sweep_epochs",
-            "eval_batch",
-            "seeds",
-            "flaw_rates",
-        )
-        profile = {
-            name: value for name, value in asdict(self.profile).items() if name not in without
-        }
+        """All that decides the weights of a run, by name, so that a stale run says what changed."""
+        profile = asdict(self.profile)
+        for name in NO_WEIGHT:
+            del profile[name]
         return {
             "stage": stage,
             "settings": digest([asdict(recipe), profile]),
@@ -291,14 +258,10 @@ def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
     chosen = get_profile(profile)
     seed = int(os.environ.get("LAB_SEED") or 0) if seed is None else seed
     device, dtype, why = device_and_precision()
-    if (chosen.model, chosen.data, device) == (
-        TINY,
-        WORLD,
-        "cpu",
-    ) and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(
-            1
-        )  # so small a model gains nothing from more, and loses much where cores are shared
+    is_small = (chosen.model, chosen.data, device) == (TINY, WORLD, "cpu")
+    if is_small and "OMP_NUM_THREADS" not in os.environ:
+        # So small a model gains nothing from more threads, and loses much where cores are shared.
+        torch.set_num_threads(1)
     print(f"profile   {chosen.run_name} ({chosen.reason})")
     print(f"device    {device}, {dtype} ({why})")
     print(f"model     {chosen.model}\ndata      {Path(chosen.data).name}\nseed      {seed}")

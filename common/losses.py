@@ -7,6 +7,8 @@ from torch import Tensor
 from common.logprobs import PairLogps
 from common.profiles import Recipe
 
+CERTAIN = -1e-12  # nats; log1mexp is right in value and gradient up to here
+
 
 def _same_shape(*tensors: Tensor) -> None:
     shapes = {tuple(tensor.shape) for tensor in tensors}
@@ -30,9 +32,7 @@ def sft_loss(logp_sums: Tensor, lengths: Tensor) -> Tensor:
 def dpo_logits(
     policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
 ) -> Tensor:
-    """Log-ratio of chosen minus log-ratio of rejected, (batch,): what beta is multiplied with in
-    Eq. 7.
-    """
+    """Log-ratio of chosen minus log-ratio of rejected, (batch,). Eq. 7 multiplies it by beta."""
     _same_shape(
         policy_chosen_logps, policy_rejected_logps, reference_chosen_logps, reference_rejected_logps
     )
@@ -71,9 +71,9 @@ def ipo_loss(
     reference_rejected_logps: Tensor,
     beta: float = 0.1,
 ) -> Tensor:
-    """Per-pair IPO loss, Azar et al. 2023 (arXiv 2310.12036), Eq. 17: pulls the margin to 1 / (2
-    beta), no further.
+    """Per-pair IPO loss, Azar et al. 2023 (arXiv 2310.12036), Eq. 17.
 
+    It pulls the margin to 1 / (2 beta), and no further.
     Args and Raises: as `dpo_loss`; the paper takes sums, TRL the means per token.
     Returns: shape (batch,). Equals 1 / (4 beta²) where policy and reference agree.
     """
@@ -84,20 +84,17 @@ def ipo_loss(
 
 
 def bradley_terry_loss(chosen_rewards: Tensor, rejected_rewards: Tensor) -> Tensor:
-    """Per-pair loss of a reward model, Bradley and Terry 1952; Ouyang et al. 2022 (arXiv
-    2203.02155), Eq. 1.
+    """Per-pair loss of a reward model, Ouyang et al. 2022 (arXiv 2203.02155), Eq. 1.
 
-    Args: rewards of shape (batch,). Returns: shape (batch,); ln 2 where both are equal. Raises:
-        ValueError.
+    Args: rewards of shape (batch,). Returns: shape (batch,); ln 2 where both are equal.
+    Raises: ValueError if shapes differ. Source: Bradley and Terry 1952.
     """
     _same_shape(chosen_rewards, rejected_rewards)
     return -F.logsigmoid(chosen_rewards - rejected_rewards)
 
 
 class _Log1mExp(torch.autograd.Function):
-    """log(1 - exp(x)) whose gradient is written out, since each textbook form has a wrong one
-    somewhere.
-    """
+    """log(1 - exp(x)) with its own gradient: each textbook form has a wrong one."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -109,9 +106,8 @@ class _Log1mExp(torch.autograd.Function):
     @staticmethod
     def backward(ctx, upstream: Tensor) -> Tensor:
         (x,) = ctx.saved_tensors
-        return (
-            -upstream * torch.exp(x) / -torch.expm1(x)
-        )  # -1 / (exp(-x) - 1), without overflow for large -x
+        # This is -1 / (exp(-x) - 1), without overflow for large -x.
+        return -upstream * torch.exp(x) / -torch.expm1(x)
 
 
 def log1mexp(log_p: Tensor) -> Tensor:
@@ -124,14 +120,19 @@ def log1mexp(log_p: Tensor) -> Tensor:
 
 
 def log_odds(mean_logps: Tensor) -> Tensor:
-    """log(p / (1 - p)) of p = exp(mean_logps), same shape."""
+    """log(p / (1 - p)) of p = exp(mean_logps), same shape.
+
+    A certain answer (mean exactly 0) counts as p = 1 - 1e-12, finer than float32 can tell from 1.
+    Its log odds are then 27.6 instead of infinity, and their gradient is 0 instead of NaN.
+    """
+    mean_logps = mean_logps.clamp(max=CERTAIN)
     return mean_logps - log1mexp(mean_logps)
 
 
 def odds_ratio_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> Tensor:
-    """Per-pair odds-ratio loss, Hong et al. 2024 (ORPO, arXiv 2403.07691), Eq. 7: -log sigmoid(log
-    odds ratio).
+    """Per-pair odds-ratio loss, Hong et al. 2024 (ORPO, arXiv 2403.07691), Eq. 7.
 
+    It is -log sigmoid(log odds ratio).
     Args: *mean* log-probabilities per token, below 0, each of shape (batch,).
     Returns: shape (batch,). Equals ln 2 where both are equal. Raises: ValueError if shapes differ.
     Pitfall: with sums 1 - P is almost 1, and the odds ratio degenerates into a ratio of
@@ -144,11 +145,10 @@ def odds_ratio_loss(chosen_mean_logps: Tensor, rejected_mean_logps: Tensor) -> T
 def orpo_loss(
     nll: Tensor, chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, lambda_or: float = 0.1
 ) -> Tensor:
-    """ORPO loss, Hong et al. 2024, Eq. 6: NLL of the chosen answer plus lambda times the odds-ratio
-    loss.
+    """ORPO loss, Hong et al. 2024, Eq. 6: the NLL plus lambda times the odds ratio.
 
-    Args: `nll`: scalar, nats per token; mean log-probabilities of shape (batch,). Returns: a
-    scalar. `lambda_or` is called `beta` in TRL and `alpha` in the authors' code.
+    Args: `nll`: scalar, nats per token; mean log-probabilities of shape (batch,).
+    Returns: a scalar. `lambda_or` is called `beta` in TRL and `alpha` in the authors' code.
     """
     return nll + lambda_or * odds_ratio_loss(chosen_mean_logps, rejected_mean_logps).mean()
 
@@ -156,9 +156,9 @@ def orpo_loss(
 def simpo_loss(
     chosen_mean_logps: Tensor, rejected_mean_logps: Tensor, beta: float = 2.0, gamma: float = 0.5
 ) -> Tensor:
-    """Per-pair SimPO loss, Meng et al. 2024 (arXiv 2405.14734), Eq. 6: the margin of means, less a
-    wanted gap.
+    """Per-pair SimPO loss, Meng et al. 2024 (arXiv 2405.14734), Eq. 6.
 
+    It takes the margin of means, less a wanted gap.
     Args: *mean* log-probabilities per token, each of shape (batch,); `gamma`: the gap, in units of
         beta * nats.
     Returns: shape (batch,). Equals -log sigmoid(-gamma) where both are equal. Raises: ValueError if
@@ -187,28 +187,28 @@ def objective(
     pairs: int,
     tokens: int,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and metrics of one micro-batch, scaled so that their sums over a whole step are the
-    step's own.
+    """Loss and metrics of one micro-batch; over a whole step they add up to the step's own.
 
     Args: `pairs`, `tokens`: of the whole step, over all micro-batches and processes. With them two
         processes, or accumulation, give the same loss as one large batch, however ragged the rows.
     """
+    # 1. The NLL of the chosen answers, which every method has.
     chosen, rejected = policy.chosen, policy.rejected
     nll = -(chosen.sums.sum() + (policy.prompt.sums.sum() if policy.prompt else 0.0)) / tokens
     metrics = {"nll": nll, "logps_chosen": chosen.sums.sum() / pairs}
     if rejected is not None:
         metrics["logps_rejected"] = rejected.sums.sum() / pairs
-    if rejected is None or method in (
-        "lm",
-        "sft",
-    ):  # ORPO with lambda 0 is trained on the chosen answers alone
+    # 2. Imitation stops here: SFT, and ORPO with lambda 0, which has no rejected answers.
+    if rejected is None or method in ("lm", "sft"):
         return nll, metrics
+    # 3. ORPO adds the odds ratio of mean log-probabilities.
     if method == "orpo":
         margin, share = log_odds(chosen.means) - log_odds(rejected.means), len(chosen.sums) / pairs
         loss = share * orpo_loss(nll / share, chosen.means, rejected.means, recipe.lambda_or)
         odds = odds_ratio_loss(chosen.means, rejected.means).sum() / pairs
         metrics |= {"odds_ratio_loss": odds, "log_odds_margin": margin.sum() / pairs}
         return loss, metrics | {"accuracy": share_positive(margin) * share}
+    # 4. DPO compares the sums with those of the reference; its rewards are beta times log-ratios.
     sums = chosen.sums, rejected.sums, reference.chosen.sums, reference.rejected.sums
     if recipe.loss == "ipo":
         per_pair = ipo_loss(*sums, beta=recipe.beta)

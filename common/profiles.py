@@ -18,11 +18,9 @@ class Recipe:
 
     lr: float
     epochs: float = 1.0
-    batch_size: int = (
-        16  # rows per optimiser step, over all processes and accumulated micro-batches
-    )
+    batch_size: int = 16  # rows per optimiser step, over all processes and micro-batches
     micro_batch: int = (
-        16  # rows per forward pass on one process; smaller than its share: gradient accumulation
+        16  # rows per forward pass on one process; fewer than its share: accumulation
     )
     beta: float = 0.1  # DPO: weight of the KL penalty (Rafailov et al. 2023, Eq. 3)
     loss: str = "sigmoid"  # DPO: "sigmoid" or "ipo"
@@ -34,11 +32,8 @@ class Recipe:
     schedule: str = "linear"
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.0
-    # or "simple" (common.logprobs). On the tiny model a packed step takes 0.8 to 1.0 of the time
-    path: str = "packed"
-    cache_reference: bool = (
-        False  # DPO: the reference's log-probabilities once, before training; no KL while it runs
-    )
+    path: str = "packed"  # of the log-probabilities: common.packed, or "simple": common.logprobs
+    cache_reference: bool = False  # DPO: compute the reference once, before training; no KL then
     clip: float = 1.0
     evaluations: int = 6  # how often the held-out metrics are taken
     patience: int = 0  # stop after so many evaluations without a better held-out loss; 0: never
@@ -51,9 +46,7 @@ class Profile:
 
     name: str
     recipes: dict[str, Recipe]
-    sources: dict[str, str] = field(
-        default_factory=dict
-    )  # stage → where its learning rate, β and λ come from
+    sources: dict[str, str] = field(default_factory=dict)  # stage → where its numbers come from
     model: str = TINY
     data: str = WORLD
     sft_data: str = ""  # demonstrations for SFT; "": the chosen answers of `data`
@@ -69,15 +62,10 @@ class Profile:
     pairs: int | None = 3000  # training pairs; None: all
     held_out: int = 250  # held-out pairs and evaluation prompts
     samples: int = 4  # answers per evaluation prompt
-    sampled_prompts: int = 64  # held-out prompts answered while a stage trains, for KL and win rate
+    sampled_prompts: int = 64  # prompts answered while a stage trains, for KL and win rate
     sweep_epochs: float = 1.0  # length of each run in a notebook's sweep
     seeds: int = 3  # of the comparison in Lab 1.8-03: this seed and the next ones
-    flaw_rates: tuple[float, ...] = (
-        0.0,
-        0.15,
-        0.3,
-        0.5,
-    )  # of the pairs there; () where there is no embedded world
+    flaw_rates: tuple[float, ...] = (0.0, 0.15, 0.3, 0.5)  # of the pairs there; (): no world
     max_length: int = 128  # tokens of prompt and response together
     max_new_tokens: int = 64
     # Full-size models.
@@ -87,9 +75,7 @@ class Profile:
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"  # or "paged_adamw_8bit"
     reason: str = ""
-    overrides: tuple[str, ...] = field(
-        default=()
-    )  # names of LAB_MODEL, LAB_DATA and LAB_SFT_DATA, when set
+    overrides: tuple[str, ...] = ()  # names of LAB_MODEL, LAB_DATA and LAB_SFT_DATA, when set
 
     @property
     def run_name(self) -> str:
@@ -98,16 +84,12 @@ class Profile:
 
     @property
     def folder(self) -> Path:
-        """Where the runs of this profile are kept: `$LAB_RUNS/<run_name>`, relative to the root of
-        the course.
-        """
+        """Where its runs are kept: `$LAB_RUNS/<run_name>`, relative to the root of the course."""
         return ROOT / (os.environ.get("LAB_RUNS") or "runs") / self.run_name
 
 
 def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
-    """Recipes of the two embedded profiles, which differ in learning rates, epochs and batch size
-    only.
-    """
+    """Recipes of the two embedded profiles, which differ in learning rates and epochs only."""
     return {
         "base": Recipe(**base, **common),
         "sft": Recipe(**sft, keep_best=True, **common),
@@ -115,7 +97,7 @@ def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
         "reward": Recipe(lr=sft["lr"] / 3, epochs=2, **common),
         "dpo_plain": Recipe(**plain, **common),
         "dpo": Recipe(**dpo, nll_weight=1.0, **common),
-        # NLL on the response only, as in SFT: then λ = 0 is SFT on the chosen answers. (The paper
+        # NLL on the response only, as in SFT: λ = 0 is then SFT on the chosen answers. (The paper
         # adds the prompt.)
         "orpo": Recipe(**orpo, lambda_or=0.5, **common),
         "orpo_lambda0": Recipe(**orpo, **common),
@@ -123,26 +105,17 @@ def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
 
 
 def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Recipe]:
-    """Recipes of the full-size profiles: AdamW (0.9, 0.95), cosine, warm-up, 16 pairs a step
-    (course pages).
-    """
-    common = {
-        "betas": (0.9, 0.95),
-        "schedule": "cosine",
-        "micro_batch": 2,
-        "evaluations": 10,
-        **common,
-    }
+    """Recipes of the full-size profiles: AdamW (0.9, 0.95), cosine, warm-up, 16 pairs a step."""
+    common = {"betas": (0.9, 0.95), "schedule": "cosine", "micro_batch": 2} | common
+    common, best = {"evaluations": 10} | common, {"patience": 4, "keep_best": True}
     return {
-        "sft": Recipe(lr=sft, epochs=2, keep_best=True, patience=4, **common),
+        "sft": Recipe(lr=sft, epochs=2, **best, **common),
         "sft_chosen": Recipe(lr=sft, epochs=2, **common),
         "reward": Recipe(lr=sft, **common),
-        "dpo_plain": Recipe(lr=dpo, patience=4, keep_best=True, **common),
-        "dpo": Recipe(lr=dpo, nll_weight=1.0, patience=4, keep_best=True, **common),
-        "orpo": Recipe(
-            lr=orpo, lambda_or=0.1, nll_on_prompt=True, patience=4, keep_best=True, **common
-        ),
-        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, patience=4, keep_best=True, **common),
+        "dpo_plain": Recipe(lr=dpo, **best, **common),
+        "dpo": Recipe(lr=dpo, nll_weight=1.0, **best, **common),
+        "orpo": Recipe(lr=orpo, lambda_or=0.1, nll_on_prompt=True, **best, **common),
+        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, **best, **common),
     }
 
 
@@ -158,12 +131,15 @@ HUB = {
     "seeds": 1,
     "flaw_rates": (),
 }
-# Where the numbers come from. `tools/readme_table.py` makes the README's table of these and of the
-# recipes.
+# Where the numbers come from: `tools.readme_table` makes a table of these and of the recipes.
 DPO_PAPER = "[DPO](https://arxiv.org/abs/2305.18290), App. B"
 HANDBOOK = "https://github.com/huggingface/alignment-handbook/tree/main/recipes/zephyr-7b-beta"
 TRL = "https://github.com/huggingface/trl/blob"
-TRL_ORPO = f"{TRL}/004c86793d6698f370d31a562f1c67da124a1152/examples/scripts/orpo.py"
+TRL_ORPO = (
+    f"[TRL's example]({TRL}/004c86793d6698f370d31a562f1c67da124a1152/examples/scripts/orpo.py)"
+)
+TRL_SCRIPTS = f"{TRL}/v1.16.0/trl/scripts"
+AUTHORS = "https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh"
 OWN_SOURCES = {
     "sft": "rate: ours, tuned on seeds 0–2",
     "dpo": f"rate: ours, tuned on seeds 0–2; β: {DPO_PAPER}",
@@ -195,8 +171,7 @@ PROFILES = {
         name="cpu",
         sources=OWN_SOURCES,
         recipes=_tiny_recipes(
-            # SFT, DPO and ORPO get equal epochs: only then can their costs be compared (Lab
-            # 1.8-03).
+            # SFT, DPO and ORPO get equal epochs: only then can their costs be compared.
             base={"lr": 5e-3, "epochs": 2},
             sft={"lr": 5e-3, "epochs": 2},
             dpo={"lr": 3e-4, "epochs": 2},
@@ -212,11 +187,10 @@ PROFILES = {
         sources={
             "sft": "rate: the default of transformers' Trainer; not tuned",
             "dpo": f"rate: the upper end of the lab pages' 5e-7 to 5e-6, not tuned; β: {DPO_PAPER}",
-            "orpo": f"rate: [TRL's example]({TRL_ORPO}) for GPT-2; λ: its default; not tuned",
+            "orpo": f"rate: {TRL_ORPO} for GPT-2; λ: its default; not tuned",
         },
     ),
-    # Full fine-tuning in float32 under autocast: weights, gradients, two moments and the reference
-    # take 9.9 GB.
+    # Full fine-tuning under autocast: weights, gradients, moments and the reference take 9.9 GB.
     "qwen-0.5b": Profile(
         name="qwen-0.5b",
         model="Qwen/Qwen2.5-0.5B",
@@ -224,10 +198,10 @@ PROFILES = {
         gradient_checkpointing=True,
         **{**HUB, "eval_batch": 4},  # the logits of 152k words are large
         sources={
-            "sft": f"rate: [TRL's example]({TRL}/v1.16.0/trl/scripts/sft.py) for Qwen2-0.5B; not tuned",
-            "dpo": f"rate: [TRL's example]({TRL}/v1.16.0/trl/scripts/dpo.py) for Qwen2-0.5B-Instruct, not tuned; "
-            f"β: {DPO_PAPER}",
-            "orpo": f"rate: [TRL's example]({TRL_ORPO}) for GPT-2; λ: its default; not tuned",
+            "sft": f"rate: [TRL's example]({TRL_SCRIPTS}/sft.py) for Qwen2-0.5B; not tuned",
+            "dpo": f"rate: [TRL's example]({TRL_SCRIPTS}/dpo.py) for Qwen2-0.5B-Instruct, "
+            f"not tuned; β: {DPO_PAPER}",
+            "orpo": f"rate: {TRL_ORPO} for GPT-2; λ: its default; not tuned",
         },
     ),
     "qlora-7b": Profile(
@@ -242,10 +216,10 @@ PROFILES = {
         sources={
             "sft": "rate: [QLoRA](https://arxiv.org/abs/2305.14314) at 7B, and "
             f"[Zephyr's QLoRA recipe]({HANDBOOK}/sft); not tuned",
-            "dpo": f"rate: [Zephyr's QLoRA recipe]({HANDBOOK}/dpo) (its β: 0.01), not tuned; β: {DPO_PAPER}",
-            "orpo": "rate: ten times that of the [ORPO authors' script for Mistral-7B]"
-            "(https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh), since only an "
-            "adapter learns; not tuned; λ: the same script",
+            "dpo": f"rate: [Zephyr's QLoRA recipe]({HANDBOOK}/dpo) (its β: 0.01), not tuned; "
+            f"β: {DPO_PAPER}",
+            "orpo": f"rate: ten times that of the [ORPO authors' script for Mistral-7B]({AUTHORS}),"
+            " since only an adapter learns; not tuned; λ: the same script",
         },
     ),
 }
@@ -255,9 +229,9 @@ def gpu_gigabytes() -> float:
     """Memory of the first CUDA GPU in GB (1e9 bytes), 0.0 without one."""
     import torch
 
-    return (
-        torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 0.0
-    )
+    if not torch.cuda.is_available():
+        return 0.0
+    return torch.cuda.get_device_properties(0).total_memory / 1e9
 
 
 def device_and_precision() -> tuple[str, str, str]:
@@ -283,56 +257,44 @@ def get_profile(name: str | None = None) -> Profile:
 
     Raises: ValueError for an unknown profile.
     """
-    name, reason = (
-        name or os.environ.get("LAB_PROFILE"),
-        "asked for" if name else "LAB_PROFILE is set",
-    )
-    if not name:
+    reason = "asked for" if name else "LAB_PROFILE is set"
+    if not (name := name or os.environ.get("LAB_PROFILE")):
         gigabytes = gpu_gigabytes()
         name = "gpt2" if gigabytes >= 8 else "cpu"
-        reason = f"LAB_PROFILE is not set; {f'a {gigabytes:.0f} GB CUDA GPU' if gigabytes else 'no CUDA GPU'} is here"
+        here = f"a {gigabytes:.0f} GB CUDA GPU" if gigabytes else "no CUDA GPU"
+        reason = f"LAB_PROFILE is not set; {here} is here"
     if name not in PROFILES:
-        raise ValueError(
-            f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {', '.join(PROFILES)}."
-        )
+        known = ", ".join(PROFILES)
+        raise ValueError(f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {known}.")
     profile = replace(PROFILES[name], reason=reason)
-    model, data, sft = (
-        _local(os.environ.get(name)) for name in ("LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA")
-    )
+    names = ("LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA")
+    model, data, sft = (_local(os.environ.get(name)) for name in names)
+    context = max(profile.max_length, 256)
     if model:
         profile = replace(profile, model=model)
-        if (
-            "base" in profile.recipes
-        ):  # A pre-trained model needs the gentle recipes and a real context.
-            profile = replace(
-                profile, recipes=PROFILES["gpt2"].recipes, max_length=max(profile.max_length, 256)
-            )
+        # A pre-trained model needs the gentle recipes and a real context.
+        if "base" in profile.recipes:
+            profile = replace(profile, recipes=PROFILES["gpt2"].recipes, max_length=context)
     if data:
-        profile = replace(profile, data=data, max_length=max(profile.max_length, 256))
-        if (
-            profile.model == TINY
-        ):  # Free text needs more words than the world, and more room for them.
-            profile = replace(
-                profile, vocabulary=max(profile.vocabulary, 4096), pairs=None, max_new_tokens=96
-            )
+        profile = replace(profile, data=data, max_length=context)
+        # Free text needs more words than the world, and more room for them.
+        if profile.model == TINY:
+            words = max(profile.vocabulary, 4096)
+            profile = replace(profile, vocabulary=words, pairs=None, max_new_tokens=96)
     profile = replace(profile, sft_data=sft or "")
     names = tuple(_slug(value) for value in (model, data, sft) if value)
     return replace(profile, overrides=names)
 
 
 def _local(source: str | None) -> str | None:
-    """A local path made absolute, found from here or from the repository's root; a hub id as it is."""
+    """A local path made absolute, from here or from the repository's root; a hub id as it is."""
     found = [path for path in (Path(source), ROOT / source) if path.exists()] if source else []
     return str(found[0].resolve()) if found else source
 
 
 def _slug(source: str) -> str:
-    """A folder name from a hub id (`owner/name:subset@revision`) or a path: its last part without
-    file endings.
-    """
+    """A folder name: the last part of a path or of a hub id (`owner/name:subset@revision`)."""
     marked = re.fullmatch(r"[\w.-]+/([\w.-]+[:@].+)", source)
     last = marked[1] if marked else Path(source.rstrip("/")).name
-    return (
-        re.sub(r"[^A-Za-z0-9._-]+", "-", re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last))
-        or "custom"
-    )
+    bare = re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", bare) or "custom"

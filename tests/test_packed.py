@@ -10,19 +10,20 @@ from dataclasses import replace
 import pytest
 import torch
 import transformers as hf
-from tiny import assert_same, gpt2, naive_token_logps, ragged_rows
+from tiny import assert_same, gpt2, make_trainer, naive_token_logps, ragged_rows, take_step
 
-from common import lab as runs
-from common import models
+from common import logprobs, models, packed
 from common.data import collate
 from common.io.files import read_metrics
-from common.logprobs import PairLogps, SideLogps, checked_path, packed_layout, response_logps
+from common.io.fingerprints import versions
+from common.logprobs import PairLogps, SideLogps
 from common.losses import objective, scored_tokens
-from common.plots.figures import packed_pair
+from common.packed import checked_path, packed_layout
+from common.plots.tokens import packed_pair
 from common.profiles import PROFILES, Recipe
-from common.training import reference
+from common.training import Session, Task, processes, reference
 from common.training import train as train_stage
-from common.training.trainer import Trainer
+from common.training.trainer import Trainer, padded_tokens, row_length
 
 ROWS = ragged_rows(8)
 DPO = Recipe(lr=1.0, beta=0.3, nll_weight=0.5)
@@ -60,8 +61,8 @@ def loss_and_gradients(
     )
 
 
-def packed(model, rows=ROWS, **options) -> PairLogps:
-    return response_logps(model, collate(rows), "packed", **options)
+def packed_logps(model, rows=ROWS, **options) -> PairLogps:
+    return packed.response_logps(model, collate(rows), **options)
 
 
 def sum_with_weights(logps: PairLogps) -> torch.Tensor:
@@ -77,7 +78,7 @@ def test_log_probabilities_equal_the_naive_ones():
     """Ragged rows, float64: eight pairs in one row of 135 tokens give what sixteen rows, one at a
     time, give.
     """
-    ours, naive = packed(gpt2()), naive_logps(gpt2(), ROWS)
+    ours, naive = packed_logps(gpt2()), naive_logps(gpt2(), ROWS)
     assert_same(ours.chosen.sums, naive.chosen.sums)
     assert_same(ours.rejected.sums, naive.rejected.sums)
     assert ours.chosen.lengths.tolist() == [len(row["chosen_ids"]) for row in ROWS]
@@ -90,12 +91,12 @@ def test_losses_and_gradients_equal_the_naive_ones(method, recipe):
     """DPO against another reference, ORPO with the prompt in its NLL: float64, to 1e-12."""
     model, other, prompt = gpt2(), gpt2(seed=1), recipe.nll_on_prompt
     with torch.no_grad():
-        known, naive_known = packed(other), naive_logps(other, ROWS)
+        known, naive_known = packed_logps(other), naive_logps(other, ROWS)
     naive_policy = naive_logps(model, ROWS)
     naive_policy.prompt = naive_policy.prompt if prompt else None
     expected, slow = loss_and_gradients(model, method, recipe, naive_policy, naive_known)
     loss, fast = loss_and_gradients(
-        model, method, recipe, packed(model, score_prompt=prompt), known
+        model, method, recipe, packed_logps(model, score_prompt=prompt), known
     )
     assert_same(loss, expected)
     assert_same(fast, slow)
@@ -108,7 +109,7 @@ def test_float32_gradients_are_off_by_rounding_only():
     """
     small = gpt2(torch.float32)
     exact = copy.deepcopy(small).double()
-    sum_with_weights(packed(small)).backward()
+    sum_with_weights(packed_logps(small)).backward()
     sum_with_weights(naive_logps(exact, ROWS)).backward()
     for one, other in zip(small.parameters(), exact.parameters(), strict=True):
         assert (one.grad.double() - other.grad).norm() <= 2e-6 * other.grad.norm() + 1e-9
@@ -116,7 +117,7 @@ def test_float32_gradients_are_off_by_rounding_only():
 
 def test_the_prompt_is_scored_from_its_second_token_on():
     """A prompt of one token scores nothing; the responses' own sums stay."""
-    ours, naive = packed(gpt2(), score_prompt=True), naive_logps(gpt2(), ROWS)
+    ours, naive = packed_logps(gpt2(), score_prompt=True), naive_logps(gpt2(), ROWS)
     assert_same(ours.prompt.sums, naive.prompt.sums)
     assert ours.prompt.lengths.tolist() == [len(row["prompt_ids"]) - 1 for row in ROWS]
     assert_same(ours.chosen.sums, naive.chosen.sums)
@@ -125,7 +126,7 @@ def test_the_prompt_is_scored_from_its_second_token_on():
 
 def test_demonstrations_are_packed_too():
     shown = [{name: row[name] for name in ("prompt_ids", "chosen_ids")} for row in ROWS]
-    ours = packed(gpt2(), shown)
+    ours = packed_logps(gpt2(), shown)
     assert ours.rejected is None
     assert_same(ours.chosen.sums, naive_logps(gpt2(), ROWS).chosen.sums)
 
@@ -133,8 +134,8 @@ def test_demonstrations_are_packed_too():
 def test_pairs_of_a_batch_do_not_see_each_other():
     """A pair alone gives what it gives among seven others."""
     model = gpt2()
-    alone = torch.cat([packed(model, [row]).rejected.sums for row in ROWS])
-    assert_same(packed(model).rejected.sums, alone)
+    alone = torch.cat([packed_logps(model, [row]).rejected.sums for row in ROWS])
+    assert_same(packed_logps(model).rejected.sums, alone)
 
 
 def test_the_two_responses_of_a_pair_do_not_see_each_other():
@@ -143,11 +144,11 @@ def test_the_two_responses_of_a_pair_do_not_see_each_other():
     """
     model = gpt2()
     others = [row | {"chosen_ids": [5, 6, 7, 8, *row["chosen_ids"]]} for row in ROWS]
-    assert_same(packed(model, others).rejected.sums, packed(model).rejected.sums)
+    assert_same(packed_logps(model, others).rejected.sums, packed_logps(model).rejected.sums)
     swapped = [
         row | {"chosen_ids": row["rejected_ids"], "rejected_ids": row["chosen_ids"]} for row in ROWS
     ]
-    assert_same(packed(model, swapped).chosen.sums, packed(model).rejected.sums)
+    assert_same(packed_logps(model, swapped).chosen.sums, packed_logps(model).rejected.sums)
 
 
 def test_the_adapter_switched_off_is_the_reference():
@@ -160,7 +161,7 @@ def test_the_adapter_switched_off_is_the_reference():
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(number))
     found = {}
     for name, compute in (
-        ("packed", packed),
+        ("packed", packed_logps),
         ("naive", lambda m: replace(naive_logps(m, ROWS), prompt=None)),
     ):
         with torch.no_grad(), model.disable_adapter():
@@ -177,7 +178,7 @@ def test_gradient_checkpointing_recomputes_the_same(reentrant):
     plain, lean = gpt2(), gpt2()
     lean.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
     for model in (plain, lean.train()):
-        sum_with_weights(packed(model)).backward()
+        sum_with_weights(packed_logps(model)).backward()
     for one, other in zip(plain.parameters(), lean.parameters(), strict=True):
         assert_same(one.grad, other.grad)
 
@@ -193,16 +194,16 @@ def test_a_wrapped_model_is_packed_too():
         def forward(self, **inputs):
             return self.module(**inputs)
 
-    assert_same(packed(Wrapper(gpt2())).chosen.sums, packed(gpt2()).chosen.sums)
+    assert_same(packed_logps(Wrapper(gpt2())).chosen.sums, packed_logps(gpt2()).chosen.sums)
 
 
 def test_under_autocast_the_sums_are_exact_and_the_rest_is_bfloat16():
     """bfloat16 keeps 8 bits: means within 0.1 nats, not within 1e-4, and still summed in float64."""
     model = gpt2(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = packed(model)
+        rough = packed_logps(model)
     assert rough.chosen.sums.dtype == torch.float64
-    apart = (rough.chosen.means - packed(model).chosen.means).abs().max().item()
+    apart = (rough.chosen.means - packed_logps(model).chosen.means).abs().max().item()
     assert 1e-4 < apart < 0.1
 
 
@@ -221,7 +222,7 @@ def test_the_model_reads_each_prompt_once_and_the_head_only_what_is_scored(score
     model.lm_head.register_forward_hook(
         lambda _, inputs, output: seen.update(head=tuple(output.shape))
     )
-    packed(model, score_prompt=score_prompt)
+    packed_logps(model, score_prompt=score_prompt)
     prompts, chosen, rejected = (
         sum(len(row[f"{part}_ids"]) for row in ROWS) for part in ("prompt", "chosen", "rejected")
     )
@@ -251,7 +252,9 @@ def test_the_figure_shows_the_attention_that_is_computed():
     states = torch.randn(
         3, 1, 2, 9, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
-    ours, _ = hf.AttentionInterface()["sdpa"](module, *states, torch.tensor([[[lengths]]]))
+    ours, _ = hf.AttentionInterface()[packed.ATTENTION](
+        module, *states, torch.tensor([[[lengths]]])
+    )
     scores = (states[0] @ states[1].transpose(-1, -2) / 5**0.5).masked_fill(~mask, -torch.inf)
     assert_same(ours, (scores.softmax(-1) @ states[2]).transpose(1, 2))
     labels = [label.get_text().split()[-1] for label in figure.axes[0].get_yticklabels()]
@@ -319,8 +322,10 @@ def build(name: str):
     return model.double().eval()
 
 
-def check(model, rows=ROWS[:4], longest=ROWS[4]) -> tuple[str, str]:
-    return checked_path(model, [collate(rows), collate([longest])])
+def check(model, rows=ROWS[:4], longest=ROWS[4], most: int | None = None) -> tuple[str, str]:
+    """The check on a first batch and the longest row; `most`: tokens of a longer held-out row."""
+    most = most or row_length(longest, ("chosen", "rejected"))
+    return checked_path(model, [collate(rows), collate([longest])], most)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +338,7 @@ def test_models_that_are_packed(name):
     model = build(name)
     path, why = check(model)
     assert path == "packed" and "on the first batch and the longest row" in why
-    ours, naive = packed(model, score_prompt=True), naive_logps(model, ROWS)
+    ours, naive = packed_logps(model, score_prompt=True), naive_logps(model, ROWS)
     for side in ("chosen", "rejected", "prompt"):
         assert_same(getattr(ours, side).sums, getattr(naive, side).sums)
 
@@ -345,7 +350,9 @@ def test_a_window_shorter_than_the_longest_row_stands_aside(name):
     """
     model = build(name)
     assert check(model) == ("simple", "it looks back 8 tokens only, and the longest row has 15")
-    assert (packed(model).chosen.sums - naive_logps(model, ROWS).chosen.sums).abs().max() > 0.1
+    assert (
+        packed_logps(model).chosen.sums - naive_logps(model, ROWS).chosen.sums
+    ).abs().max() > 0.1
 
 
 def test_the_longest_row_decides_about_a_window():
@@ -362,7 +369,7 @@ def test_eager_attention_stands_aside_and_is_refused():
     model.set_attn_implementation("eager")
     assert check(model) == ("simple", "its attention is 'eager', not 'sdpa'")
     with pytest.raises(ValueError, match="needs attn_implementation=\"sdpa\", not 'eager'"):
-        packed(model)
+        packed_logps(model)
 
 
 def test_a_model_that_fails_on_packed_rows_stands_aside():
@@ -396,7 +403,7 @@ def test_a_model_with_other_numbers_stands_aside():
     path, why = check(model)
     assert path == "simple" and why.startswith("packed rows differ by up to ")
     assert (
-        packed(model).rejected.means - naive_logps(model, ROWS).rejected.means
+        packed_logps(model).rejected.means - naive_logps(model, ROWS).rejected.means
     ).abs().max() > 0.1
 
 
@@ -428,14 +435,39 @@ def test_the_check_leaves_mode_and_random_numbers_alone(training):
     assert model.training == training and torch.equal(torch.get_rng_state(), before)
 
 
-def test_other_users_of_sdpa_attention_are_left_alone():
-    """The packed attention is registered under the library's own name: padded batches still equal
-    eager attention.
-    """
+def test_a_packed_model_still_reads_padded_batches():
+    """It keeps the packed attention, which is SDPA for every other batch: equal to eager."""
     model, batch = gpt2(), collate(ROWS)
-    simple = response_logps(model, batch)
+    packed_logps(model)
+    simple = logprobs.response_logps(model, batch)
     model.set_attn_implementation("eager")
-    assert_same(simple.rejected.sums, response_logps(model, batch).rejected.sums)
+    assert_same(simple.rejected.sums, logprobs.response_logps(model, batch).rejected.sums)
+
+
+def test_other_models_keep_the_librarys_attention():
+    """The packed attention has a name of its own: "sdpa" is what transformers registered."""
+    attention = hf.AttentionInterface()
+    assert attention["sdpa"].__module__ == "transformers.integrations.sdpa_attention"
+    assert attention[packed.ATTENTION] is not attention["sdpa"]
+    assert gpt2().config._attn_implementation == "sdpa"
+
+
+def test_a_saved_model_does_not_name_the_packed_attention(tmp_path):
+    """Whoever loads it has the library's own attentions only."""
+    model = gpt2()
+    packed_logps(model)
+    model.save_pretrained(tmp_path)
+    assert packed.ATTENTION not in (tmp_path / "config.json").read_text()
+
+
+def test_a_longer_held_out_row_decides_about_a_window_too():
+    """All training rows fit into the window of 8 tokens, a held-out row of 9 does not. (Before, the
+    path was chosen by training rows alone, and the held-out rows were scored wrongly.)
+    """
+    short = [{"prompt_ids": [4, 5, 6], "chosen_ids": [7, 8, 1], "rejected_ids": [9, 10, 11, 1]}]
+    model = build("mistral")
+    assert check(model, short, short[0], most=8)[0] == "packed"
+    assert check(model, short, short[0], most=9)[0] == "simple"
 
 
 # --- training
@@ -446,37 +478,23 @@ def lab(trained_lab):
     return trained_lab
 
 
-def make_trainer(
-    lab, folder, stage: str = "dpo", dtype=torch.float64, attention="sdpa", parent="sft", **changes
-):
-    """A trainer that is ready to step, in float64."""
-    recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
-    trainer = Trainer(
-        lab, stage, recipe, lab.train_pairs.to_list(), lab.test_pairs.to_list(), folder
-    )
-    policy, frozen = lab.load("sft").to(dtype), models.freeze(lab.load(parent).to(dtype))
-    for model in (policy, frozen):
-        model.set_attn_implementation(attention)
-    trainer.build(policy, frozen if stage == "dpo" else None)
-    return trainer
-
-
 @pytest.mark.parametrize("stage", ["dpo", "orpo"])
 def test_steps_on_either_path_are_the_same(lab, tmp_path, stage):
     """Three steps in float64: every metric to 1e-9. The FLOPs are counted on the run's path and on
     the simple one.
     """
     fast, slow = (
-        make_trainer(lab, tmp_path, stage, path=path, lr=1e-3) for path in ("packed", "simple")
+        make_trainer(lab, stage, tmp_path, torch.float64, path=path, lr=1e-3)
+        for path in ("packed", "simple")
     )
     assert (fast.path, slow.path) == ("packed", "simple")
     for _ in range(3):
-        one, other = fast.step(), slow.step()
+        one, other = take_step(fast), take_step(slow)
         for name in one:
             assert_same(one[name], other[name], 1e-9)
 
     def flops(trainer, path):
-        return trainer.state["flops_per_token"][path] * trainer.state["padded"][path]
+        return trainer.progress.flops_per_token[path] * trainer.progress.padded[path]
 
     assert flops(fast, "packed") < 0.8 * flops(slow, "simple")
     assert_same(flops(fast, "simple"), flops(slow, "simple"))
@@ -486,34 +504,45 @@ def test_policy_and_reference_are_both_packed(lab, tmp_path):
     """Each reads every micro-batch of a step as one row. (The first step also counts the FLOPs of
     the simple path.)
     """
-    trainer, seen = make_trainer(lab, tmp_path), {}
-    trainer.step()
+    trainer, seen = make_trainer(lab, "dpo", tmp_path), {}
+    take_step(trainer)
     for name, model in (("policy", trainer.model), ("reference", trainer.reference)):
         model.transformer.wte.register_forward_hook(
             lambda _, inputs, output, name=name: seen.setdefault(name, set()).add(len(inputs[0]))
         )
-    trainer.step()
+    take_step(trainer)
     assert seen == {"policy": {1}, "reference": {1}}
 
 
-def test_a_run_checks_its_longest_row_too(lab, tmp_path):
+@pytest.mark.parametrize("longest", ["a training row", "a held-out row"])
+def test_a_run_checks_its_longest_row_too(lab, tmp_path, longest):
     """A window of just the longest row of all will do; one token less will not, though the first
     batch fits.
     """
-    rows = lab.train_pairs.to_list()
-    lengths = [
-        len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-        for row in rows
-    ]
-    longest, paths = max(lengths), []
-    for window in (longest, longest - 1):
+    task = make_trainer(lab, "dpo", tmp_path).task
+    most = max(row_length(row, task.sides) for row in task.rows)
+    if longest == "a held-out row":
+        most = task.longest = most + 5
+    paths = []
+    for window in (most, most - 1):
         policy = lab.load("sft")
         policy.config.sliding_window = window
-        trainer = Trainer(lab, "dpo", lab.profile.recipes["dpo"], rows, [], tmp_path)
-        assert max(lengths[number] for number in trainer.step_rows(0)) < longest - 1
-        trainer.build(policy, models.freeze(lab.load("sft")))
-        paths.append(trainer.path)
+        frozen = models.freeze(lab.load("sft"))
+        paths.append(Trainer(task, processes.new_accelerator(), policy, frozen).path)
     assert paths == ["packed", "simple"]
+
+
+def test_train_counts_held_out_rows_and_sampled_answers(lab, monkeypatch):
+    """The longest row that a run ever scores: an answer to a prompt may fill the whole context."""
+    found = []
+    monkeypatch.setattr(Trainer, "run", lambda self, *_: found.append(self.task) or 1 / 0)
+    for stage in ("orpo", "dpo"):
+        with pytest.raises(ZeroDivisionError):
+            train_stage(lab, stage, sweep="longest")
+    rows = [*lab.train_pairs.to_list(), *lab.test_pairs.to_list()]
+    most = max(row_length(row, ("chosen", "rejected")) for row in rows)
+    assert [task.longest for task in found] == [most, lab.profile.max_length]
+    assert most < lab.profile.max_length
 
 
 def test_the_path_is_said_in_one_line_and_recorded(lab, capsys):
@@ -524,24 +553,23 @@ def test_the_path_is_said_in_one_line_and_recorded(lab, capsys):
 
 
 def test_a_model_that_cannot_be_packed_trains_on_the_simple_path(lab, tmp_path, capsys):
-    trainer = make_trainer(lab, tmp_path, attention="eager")
-    assert trainer.path == "simple" and trainer.step()["loss"] > 0
+    trainer = make_trainer(lab, "dpo", tmp_path, attention="eager")
+    assert trainer.path == "simple" and take_step(trainer)["loss"] > 0
     assert "dpo: simple path, its attention is 'eager', not 'sdpa'\n" in capsys.readouterr().out
 
 
 def test_the_simple_path_can_be_asked_for_and_needs_no_word(lab, tmp_path, capsys):
-    assert make_trainer(lab, tmp_path, path="simple").path == "simple"
+    assert make_trainer(lab, "dpo", tmp_path, path="simple").path == "simple"
     assert "path" not in capsys.readouterr().out
 
 
-def test_tokens_as_the_model_sees_them(lab, tmp_path):
+def test_tokens_as_the_model_sees_them():
     """Prompts of 1 and 9, chosen 1 and 5, rejected 8 and 2 (EOS counted). Simple: four rows of 14;
     packed: 26.
     """
     batch = collate(ROWS[:2])
-    trainer = make_trainer(lab, tmp_path)
-    assert trainer.padded(batch, "simple") == 4 * 14
-    assert trainer.padded(batch, "packed") == 1 + 9 + 1 + 5 + 8 + 2
+    assert padded_tokens(batch, ("chosen", "rejected"), "simple") == 4 * 14
+    assert padded_tokens(batch, ("chosen", "rejected"), "packed") == 1 + 9 + 1 + 5 + 8 + 2
 
 
 # --- the cached reference
@@ -551,10 +579,11 @@ def test_losses_with_the_cache_are_those_without(lab, tmp_path):
     """Four steps over other batches than those it was computed in, with the base as reference:
     float64, to 1e-12.
     """
-    plain = make_trainer(lab, tmp_path, lr=1e-3, parent="base")
-    cached = make_trainer(lab, tmp_path, lr=1e-3, parent="base", cache_reference=True)
+    settings = {"dtype": torch.float64, "reference": "base", "lr": 1e-3}
+    plain, cached = (make_trainer(lab, "dpo", tmp_path, **settings) for _ in range(2))
+    cached.cache_reference()
     for _ in range(4):
-        one, other = plain.step(), cached.step()
+        one, other = take_step(plain), take_step(cached)
         for name in one:
             assert_same(one[name], other[name])
     assert abs(one["rewards_chosen"]) > 1e-3
@@ -562,16 +591,11 @@ def test_losses_with_the_cache_are_those_without(lab, tmp_path):
 
 def test_with_the_cache_one_model_is_left(lab, tmp_path):
     """The reference's weights are gone from memory, not only from sight."""
-    recipe = replace(lab.profile.recipes["dpo"], cache_reference=True)
-    trainer = Trainer(
-        lab, "dpo", recipe, lab.train_pairs.to_list(), lab.test_pairs.to_list(), tmp_path
-    )
-    frozen = models.freeze(lab.load("sft"))
-    gone = weakref.ref(frozen.transformer.wte)
-    trainer.build(lab.load("sft"), frozen)
-    del frozen
+    trainer = make_trainer(lab, "dpo", tmp_path)
+    gone = weakref.ref(trainer.reference.transformer.wte)
+    trainer.cache_reference()
     assert trainer.reference is None and gone() is None
-    trainer.step()
+    take_step(trainer)
 
 
 def test_evaluations_with_the_cache_keep_all_but_kl(lab):
@@ -601,25 +625,21 @@ def test_the_adapter_switched_off_is_cached_and_kl_stays(lab):
     )
 
 
-def columns_of(lab, folder, model, rows) -> dict:
-    return reference.reference_columns(folder, model, rows, 0, 16, "packed", "float32", show=False)[
-        0
-    ]
+def columns_of(folder, model, rows, show: bool = False) -> tuple[dict, dict]:
+    recipe = PROFILES["smoke"].recipes["dpo"]
+    task = Task("dpo", "dpo", recipe, rows, folder, folder, eval_batch=16)
+    return reference.reference_columns(task, model, "packed", show)
 
 
 def test_the_cache_is_read_where_model_and_data_are_the_same(lab, tmp_path, monkeypatch, capsys):
     """The second time nothing is computed, and the cost is the first one's."""
-    rows, model = lab.train_pairs.to_list(), lab.load("sft")
-    first = reference.reference_columns(tmp_path, model, rows, 0, 16, "packed", "float32")
+    rows = lab.train_pairs.to_list()
+    first = columns_of(tmp_path, lab.load("sft"), rows, show=True)
     monkeypatch.setattr(reference, "logps_of", None)
-    assert (
-        reference.reference_columns(tmp_path, lab.load("sft"), rows, 0, 16, "packed", "float32")
-        == first
-    )
+    assert columns_of(tmp_path, lab.load("sft"), rows, show=True) == first
     said = capsys.readouterr().out
-    assert (
-        "of 40 pairs: computed once, in" in said and "of 40 pairs: read, computed before in" in said
-    )
+    assert "of 40 pairs: computed once, in" in said
+    assert "of 40 pairs: read, computed before in" in said
     assert list(first[0]) == ["reference_chosen_logps", "reference_rejected_logps"]
     assert first[1]["reference_flops"] > 0 and first[1]["wall"] > 0
 
@@ -630,7 +650,7 @@ def test_the_cache_is_read_where_model_and_data_are_the_same(lab, tmp_path, monk
 def test_the_cache_is_invalid_where_anything_changes(lab, tmp_path, monkeypatch, changed):
     """The smallest change computes anew, beside the old file, which stays valid for what it was."""
     rows, model = lab.train_pairs.to_list(), lab.load("sft")
-    before = columns_of(lab, tmp_path, model, rows)
+    before = columns_of(tmp_path, model, rows)[0]
     if changed == "a weight":
         model.transformer.h[0].mlp.c_fc.bias.data[3] += 1e-3
     elif changed == "a token":
@@ -640,11 +660,11 @@ def test_the_cache_is_invalid_where_anything_changes(lab, tmp_path, monkeypatch,
     elif changed == "the source":
         monkeypatch.setattr(reference, "source_digest", lambda: "another")
     else:
-        monkeypatch.setattr(reference, "versions", lambda: runs.versions() | {"torch": "3"})
-    after = columns_of(lab, tmp_path, model, rows)
+        monkeypatch.setattr(reference, "versions", lambda: versions() | {"torch": "3"})
+    after = columns_of(tmp_path, model, rows)[0]
     assert len(list((tmp_path / "reference").iterdir())) == 2
     assert (before == after) == (changed in ("the source", "the versions"))
-    columns_of(lab, tmp_path, lab.load("sft"), lab.train_pairs.to_list())
+    columns_of(tmp_path, lab.load("sft"), lab.train_pairs.to_list())
     assert len(list((tmp_path / "reference").iterdir())) == 2
 
 
@@ -681,14 +701,16 @@ def test_a_resumed_run_with_the_cache_is_bit_identical(lab, monkeypatch):
     """Ended before step 6 of 10, gone on from checkpoint 4: weights, metrics and counters of a run
     without a break.
     """
-    settings = {"cache_reference": True, "checkpoint_every": 2}
+    settings = {"cache_reference": True, "session": Session(checkpoint_every=2)}
     whole = train_stage(lab, "dpo", sweep="whole", **settings)
     step = Trainer.step
     with monkeypatch.context() as patch:
         patch.setattr(
             Trainer,
             "step",
-            lambda self: step(self) if self.state["step"] < 5 else pytest.fail("stopped"),
+            lambda self, *batch: (
+                step(self, *batch) if self.progress.step < 5 else pytest.fail("stopped")
+            ),
         )
         with pytest.raises(pytest.fail.Exception, match="stopped"):
             train_stage(lab, "dpo", sweep="broken", **settings)

@@ -229,10 +229,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(source, tmp_path, monkeypat
 
     monkeypatch.setattr(checkpoints, "save", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
-        train(lab, "sft", sweep="cut", keep_best=False, checkpoint_every=5)
+        train(lab, "sft", sweep="cut", keep_best=False, session=Session(checkpoint_every=5))
     monkeypatch.undo()
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
-    resumed = train(lab, "sft", sweep="cut", keep_best=False, checkpoint_every=5)
+    resumed = train(lab, "sft", sweep="cut", keep_best=False, session=Session(checkpoint_every=5))
     assert resumed.metrics[1]["loss"] == whole.metrics[1]["loss"] and len(resumed.metrics) == len(
         whole.metrics
     )

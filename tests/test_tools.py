@@ -6,15 +6,12 @@ import json
 import os
 import re
 
-from tools import bench_table
 import nbformat
 import pytest
-from tools import readme_table
-from tools import results_table
-from tools import run_labs
 from nbformat.v4 import new_code_cell, new_notebook
 
 from common.profiles import PROFILES, TINY
+from tools import bench_table, readme_table, results_table, run_labs, tables
 
 LAB = "Lab-1.7-DPO_Alignment"
 
@@ -84,7 +81,7 @@ def test_a_kernel_that_dies_is_a_failure(tmp_path):
 
 
 def model(**values):
-    return dict.fromkeys(results_table.MEASURES, 0.25) | values
+    return dict.fromkeys(results_table.MEASURE_NAMES, 0.25) | values
 
 
 def write_results(path, **models):
@@ -92,24 +89,30 @@ def write_results(path, **models):
     path.write_text(json.dumps({"models": models, "win_rate": rates}))
 
 
+def cells(text: str) -> dict[str, list[str]]:
+    """Rows of Markdown tables by their first cell."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("|")]
+    return {row[0]: row[1:] for row in rows}
+
+
 def test_the_results_show_what_was_measured_and_a_dash_for_what_was_not(tmp_path):
     sft = model(kl=None, std={"perplexity": 0.1})
     write_results(tmp_path / "evaluation.json", sft=sft, dpo=model(perplexity=7.5), base=model())
-    lines = results_table.results_table(tmp_path).splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
-    assert lines[2].split() == ["SFT", "DPO"]
-    assert rows["perplexity"] == ["0.25", "±", "0.10", "7.50"]
-    assert rows["kl"] == ["–", "0.25"]
-    assert " ".join(rows["dpo_vs_sft"]) == "60.0% [40.0%, 80.0%] 5 wins, 2 ties, 3 losses"
+    text = results_table.results_table(tmp_path)
+    rows = cells(text)
+    assert "|  | SFT | DPO |" in text
+    assert rows["perplexity"] == ["0.250 ± 0.100", "7.500"]
+    assert rows["KL to SFT (nats)"] == ["–", "0.250"]
+    assert rows["dpo_vs_sft"] == ["60.0% [40.0%, 80.0%]", "5", "2", "3"]
 
 
-@pytest.mark.parametrize(("age", "columns"), [(-1, ["SFT", "DPO"]), (1, ["SFT", "DPO", "ORPO"])])
-def test_a_comparison_older_than_the_evaluation_is_left_out(tmp_path, age, columns):
+@pytest.mark.parametrize(("age", "stages"), [(-1, "SFT | DPO"), (1, "SFT | DPO | ORPO")])
+def test_a_comparison_older_than_the_evaluation_is_left_out(tmp_path, age, stages):
     write_results(tmp_path / "evaluation.json", sft=model(), dpo=model())
     write_results(tmp_path / "comparison.json", orpo=model())
     now = (tmp_path / "evaluation.json").stat().st_mtime
     os.utime(tmp_path / "comparison.json", (now + age, now + age))
-    assert results_table.results_table(tmp_path).splitlines()[2].split() == columns
+    assert f"|  | {stages} |" in results_table.results_table(tmp_path)
 
 
 @pytest.mark.parametrize("beats_a_coin", [True, False])
@@ -127,8 +130,12 @@ def test_without_results_the_table_says_which_notebook_writes_them(tmp_path):
     assert "notebook 04 of Lab 1.7" in results_table.results_table(tmp_path)
 
 
-def test_the_readme_table_has_a_row_per_notebook_and_says_what_was_not_measured():
-    """80.4 s is 1 min 20 s; 620 MB is 0.62 GB; the total adds times and takes the largest memory."""
+def test_a_table_has_a_header_a_rule_and_its_rows():
+    assert tables.markdown_table(["a", "b"], [["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+def test_the_table_of_times_has_a_row_per_notebook_and_says_what_was_not_measured():
+    """80.4 s is 1 min 20 s; 620 MB is 0.62 GB; the last row adds times, and takes the peak."""
     machine = {"cpu": "X", "cores": 2, "memory_bytes": 8e9, "gpu": [], "versions": {"torch": "2"}}
     both = {
         f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6},
@@ -139,13 +146,13 @@ def test_the_readme_table_has_a_row_per_notebook_and_says_what_was_not_measured(
         "cpu": {"machine": machine, "notebooks": both},
         "smoke": {"machine": machine, "notebooks": one},
     }
-    lines = readme_table.table(results, "notebook", "all", "not measured").splitlines()
-    assert lines[0] == "| notebook | `cpu` | `smoke` |"
-    assert (
-        lines[2] == f"| [Lab-1.7 01-A]({LAB}/01-A.ipynb) | 1 min 20 s · 0.62 GB | 3 s · 0.05 GB |"
-    )
-    assert lines[3] == f"| [Lab-1.7 02-B]({LAB}/02-B.ipynb) | 5 s · 0.10 GB | not measured |"
-    assert lines[4] == "| all | 1 min 25 s · 0.62 GB | 3 s · 0.05 GB |"
+    text = readme_table.times_table(results)
+    rows = cells(text)
+    assert rows["notebook"] == ["`cpu`", "`smoke`"]
+    assert rows[f"[Lab-1.7 01-A]({LAB}/01-A.ipynb)"] == ["1 min 20 s · 0.62 GB", "3 s · 0.05 GB"]
+    assert rows[f"[Lab-1.7 02-B]({LAB}/02-B.ipynb)"] == ["5 s · 0.10 GB", "not measured"]
+    assert rows["all"] == ["1 min 25 s · 0.62 GB", "3 s · 0.05 GB"]
+    assert text.endswith("- `smoke`: 2 cores (X), 8 GB of memory; torch 2\n")
 
 
 def test_only_the_text_between_the_comments_changes_and_it_must_be_there():
@@ -155,110 +162,113 @@ def test_only_the_text_between_the_comments_changes_and_it_must_be_there():
         readme_table.updated("no comments", "notebook times", "new\n")
 
 
-@pytest.mark.parametrize("name", readme_table.WORDS)
-def test_the_figures_in_the_readmes_are_the_recorded_ones(name):
-    """Nobody types them: `python tools/readme_table.py` brings a README up to date."""
-    text = (readme_table.ROOT / name).read_text(encoding="utf-8")
-    results = (readme_table.RESULTS, readme_table.QUALITY)
-    times, scores = (json.loads(path.read_text(encoding="utf-8")) for path in results)
-    assert (
-        readme_table.updated(
-            text, "notebook times", readme_table.table(times, *readme_table.WORDS[name])
-        )
-        == text
-    )
-    assert readme_table.updated(text, "quality", readme_table.quality_markdown(scores)) == text
-    assert readme_table.updated(text, "recipes", readme_table.recipes_table(name)) == text
-    language = readme_table.LANGUAGES[name]
-    assert (
-        readme_table.updated(
-            text, "step", bench_table.step_summary(bench_table.read("step"), language)
-        )
-        == text
-    )
-    assert (
-        readme_table.updated(
-            text, "gpu", bench_table.gpu_markdown(bench_table.read("gpu"), language)
-        )
-        == text
-    )
-    text = (readme_table.ROOT / readme_table.ORPO_LAB / name).read_text(encoding="utf-8")
-    comparison = json.loads(readme_table.COMPARISON.read_text(encoding="utf-8"))
-    assert (
-        readme_table.updated(text, "comparison", readme_table.comparison_markdown(comparison))
-        == text
-    )
+def blocks_of(text: str) -> list[str]:
+    return [name for name in readme_table.BLOCKS if f"<!-- {name} -->" in text]
 
 
-@pytest.mark.parametrize(("language", "missing"), [("en", "not measured"), ("zh", "未測量")])
-def test_without_a_gpu_every_full_size_profile_is_not_measured(language, missing):
+PAGES = [
+    page
+    for pattern in readme_table.PAGES
+    for page in sorted(readme_table.ROOT.glob(pattern))
+    if blocks_of(page.read_text(encoding="utf-8"))
+]
+
+
+@pytest.mark.parametrize(
+    "page", PAGES, ids=lambda page: page.relative_to(readme_table.ROOT).as_posix()
+)
+def test_the_figures_on_a_page_are_the_recorded_ones(page):
+    """Nobody types them: `python -m tools.readme_table` brings a page up to date."""
+    text = page.read_text(encoding="utf-8")
+    assert readme_table.filled(page, text) == text
+
+
+def test_every_block_has_its_page():
+    """A table that no page holds would be made for nobody."""
+    shown = {name for page in PAGES for name in blocks_of(page.read_text(encoding="utf-8"))}
+    assert shown == set(readme_table.BLOCKS)
+
+
+def test_a_page_is_filled_in_its_language_with_links_from_where_it_lies():
+    """The same block on a page of docs/ leads one folder up."""
+    page = "<!-- notebook times -->\n<!-- /notebook times -->\n<!-- step -->\n<!-- /step -->\n"
+    docs = readme_table.ROOT / "docs"
+    english = readme_table.filled(docs / "results.md", page)
+    assert f"](../{LAB}/01-Setup_and_Data.ipynb)" in english and "| notebook |" in english
+    assert "[All variants](../benchmarks/results/step.md)" in english
+    chinese = readme_table.filled(docs / "results.zh-TW.md", page)
+    assert f"](../{LAB}/01-Setup_and_Data.ipynb)" in chinese and "| 筆記本 |" in chinese
+    assert "機器：2 核心" in chinese
+
+
+def test_a_broken_pair_of_comments_names_its_page():
+    with pytest.raises(ValueError, match="README.md: expected one pair of 'gpu' comments, found 0"):
+        readme_table.filled(readme_table.ROOT / "README.md", "<!-- gpu -->\nno end\n")
+
+
+def test_without_a_gpu_every_full_size_profile_is_not_measured():
     """Three methods each, and four cells a row; the tiny profiles are not there."""
-    lines = bench_table.gpu_markdown(None, language).splitlines()[2:]
+    lines = bench_table.gpu_markdown(None).splitlines()[2:]
     profiles = [name for name, profile in PROFILES.items() if profile.model != TINY]
     assert [line.split(" | ")[0] for line in lines] == [
         f"| `{name}`" for name in profiles for _ in range(3)
     ]
-    assert all(line.count(missing) == 4 for line in lines)
+    assert all(line.count("not measured") == 4 for line in lines)
 
 
 def test_results_are_read_where_they_are(tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_table, "RESULTS", tmp_path)
-    (tmp_path / "step.json").write_text('{"bars": []}')
-    assert bench_table.read("step") == {"bars": []} and bench_table.read("gpu") is None
+    monkeypatch.setattr(tables, "RESULTS_FOLDER", tmp_path)
+    (tmp_path / "step.json").write_text('{"thresholds": []}')
+    assert tables.read_results("step") == {"thresholds": []}
+    assert tables.read_results("gpu") is None
 
 
 def test_the_measured_line_names_the_profiles_that_were_not_measured():
-    """80.4 s is 1 min 20 s; of the five profiles only `cpu` has a time here."""
-    results = {
-        "cpu": {
-            "notebooks": {f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6}}
-        }
-    }
+    """80.4 s is 1 min 20 s; only `cpu` has a time here."""
+    timing = {"wall_seconds": 80.4, "peak_memory_bytes": 620e6}
+    results = {"cpu": {"notebooks": {f"{LAB}/01-A.ipynb": timing}}}
     line = readme_table.measured_line(results, f"{LAB}/01-A.ipynb")
-    assert line.endswith(
-        "`cpu` 1 min 20 s · 0.62 GB. Not measured: `smoke`, `gpt2`, `qwen-0.5b`, `qlora-7b`."
-    )
+    missing = ", ".join(f"`{name}`" for name in PROFILES if name != "cpu")
+    assert line.endswith(f"`cpu` 1 min 20 s · 0.62 GB. Not measured: {missing}.")
+
+
+def test_the_measured_line_goes_into_the_first_cell(tmp_path):
+    first = nbformat.v4.new_markdown_cell("# A\n<!-- measured --> Measured: long ago.", id="cell-0")
+    nbformat.write(new_notebook(cells=[first]), tmp_path / "a.ipynb")
+    readme_table.mark_notebook(tmp_path / "a.ipynb", "<!-- measured --> Measured: now.")
+    assert nbformat.read(tmp_path / "a.ipynb", 4).cells[0].source.endswith("Measured: now.")
+    nbformat.write(new_notebook(cells=[new_code_cell("1")]), tmp_path / "b.ipynb")
+    with pytest.raises(ValueError, match="b.ipynb: expected one `<!-- measured -->`"):
+        readme_table.mark_notebook(tmp_path / "b.ipynb", "now")
 
 
 def test_the_recipes_are_the_profiles_own():
     """A stage has a row; plain DPO only where its rate differs. 0.0004 is written 4e-4."""
-    english, chinese = (
-        readme_table.recipes_table(name).splitlines() for name in readme_table.WORDS
-    )
+    lines = readme_table.recipes_table().splitlines()
     assert (
         "| `smoke` | `dpo` | 4e-4 | 0.1 |  | 3 | rate: ours, tuned on seeds 0–2; β: "
-        in "\n".join(english)
+        in "\n".join(lines)
     )
     assert (
         "| `cpu` | `orpo` | 5e-3 |  | 0.5 | 2 | rate: ours, tuned on seeds 0–2; λ: the lab page |"
-        in english
+        in lines
     )
-    stages = [line.split("`")[3] for line in english[2:] if line.startswith("| `qlora-7b`")]
-    assert stages == ["sft", "dpo", "orpo"] and sum("dpo_plain" in line for line in english) == 2
-    assert [line.split("|")[1:7] for line in chinese[2:]] == [
-        line.split("|")[1:7] for line in english[2:]
-    ]
+    stages = [line.split("`")[3] for line in lines[2:] if line.startswith("| `qlora-7b`")]
+    assert stages == ["sft", "dpo", "orpo"] and sum("dpo_plain" in line for line in lines) == 2
 
 
-def test_no_source_is_left_in_english_in_the_chinese_readme():
-    """Outside links and code, the words that remain are names."""
-    text = "\n".join(
-        line.split("|")[7]
-        for line in readme_table.recipes_table("README.zh-TW.md").splitlines()[2:]
+@pytest.mark.parametrize("name", readme_table.BLOCKS)
+def test_no_word_is_left_in_english_on_a_page_in_chinese(name):
+    """Outside code and links, the words that remain are names; every number and link is kept."""
+    english = readme_table.BLOCKS[name](str)
+    chinese = tables.in_chinese(english)
+    shown = re.sub(r"`[^`]*`|\[Lab[^]]*\]\([^)]*\)|\]\([^)]*\)|Intel.*?Processor", "", chinese)
+    names = (
+        "TRL GPT Qwen B Instruct DPO QLoRA Zephyr ORPO Mistral Trainer transformers e SFT KL NLL "
+        "EOS LoRA GB M FLOPs TFLOPs token prompt epoch adapter profile packed simple compact nat "
+        "CPU python torch trl cpu float"
     )
-    words = set(re.findall("[A-Za-z]+", re.sub(r"\(http[^)]*\)", "", text)))
-    assert words <= {
-        "TRL",
-        "GPT",
-        "Qwen",
-        "B",
-        "Instruct",
-        "DPO",
-        "QLoRA",
-        "Zephyr",
-        "ORPO",
-        "Mistral",
-        "Trainer",
-        "transformers",
-        "e",
-    }
+    assert set(re.findall("[A-Za-z]+", shown)) <= set(names.split())
+    digits = "[0-9.]*[0-9]"
+    assert sorted(re.findall(digits, chinese)) == sorted(re.findall(digits, english))
+    assert re.findall(r"\]\([^)]*\)", chinese) == re.findall(r"\]\([^)]*\)", english)

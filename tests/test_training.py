@@ -49,30 +49,14 @@ def weights_file(folder: Path) -> bytes:
     return (folder / "model.safetensors").read_bytes()
 
 
-def make_trainer(lab, stage: str, folder: Path, dtype=torch.float32, **changes) -> Trainer:
-    """A trainer that is ready to step, outside `train`."""
-    recipe = replace(lab.profile.recipes[stage], **changes)
-    method = runs.stage_of(stage).method
-    rows = lab.train_pairs if runs.stage_of(stage).rows == "pairs" else lab.demonstrations
-    trainer = Trainer(lab, stage, recipe, rows.to_list(), lab.test_pairs.to_list(), folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # a reward model's new head
-        policy = models.load_model(
-            lab.source("sft"), lab.profile, reward_head=method == "reward"
-        ).to(dtype)
-    reference = models.freeze(lab.load("sft").to(dtype)) if method == "dpo" else None
-    trainer.build(policy, reference)
-    return trainer
-
-
 def interrupt(patch, before_step: int) -> None:
     """Ends the run as Ctrl-C does, before the step of this number."""
     whole = Trainer.step
 
-    def step(self):
-        if self.state["step"] + 1 == before_step:
+    def step(self, *batch):
+        if self.progress.step + 1 == before_step:
             raise KeyboardInterrupt
-        return whole(self)
+        return whole(self, *batch)
 
     patch.setattr(Trainer, "step", step)
 
@@ -195,7 +179,7 @@ def test_the_learning_rate_warms_up_and_falls_to_nothing(lab, tmp_path):
     step.
     """
     trainer = make_trainer(lab, "dpo", tmp_path, lr=0.9e-3, epochs=2)
-    rates = [trainer.step()["lr"] for _ in range(10)]
+    rates = [take_step(trainer)["lr"] for _ in range(10)]
     assert_same(torch.tensor(rates), [0.0] + [0.9e-3 - 1e-4 * step for step in range(9)], 1e-9)
 
 
@@ -243,7 +227,13 @@ def test_dpo_raises_the_margin_of_the_pairs_it_trains_on(lab):
     """The same 8 pairs, 12 times over."""
     pairs = lab.data.train.select(range(8))
     run = train_stage(
-        lab, "dpo_plain", sweep="eight", pairs=pairs, epochs=12, lr=2e-3, evaluations=1
+        lab,
+        "dpo_plain",
+        sweep="eight",
+        source=Source(pairs=pairs),
+        epochs=12,
+        lr=2e-3,
+        evaluations=1,
     )
     assert run.metrics[-1]["margin"] > 0.2 and run.metrics[-1]["loss"] < LN2 - 0.05
 
@@ -262,7 +252,12 @@ def test_another_reference_shifts_the_start(lab):
     wrong reference.
     """
     run = train_stage(
-        lab, "dpo_plain", sweep="base-reference", reference="base", epochs=0.2, evaluations=1
+        lab,
+        "dpo_plain",
+        sweep="base-reference",
+        source=Source(reference="base"),
+        epochs=0.2,
+        evaluations=1,
     )
     assert run.record["reference"] == "base" and run.record["parent"] == "sft"
     assert abs(run.metrics[0]["held_out_loss"] - LN2) > 1e-4
@@ -317,7 +312,7 @@ def test_the_nll_of_orpo_covers_the_prompt_where_the_recipe_says_so(lab, tmp_pat
                 trainer.model, row["prompt_ids"], row["chosen_ids"]
             )
             parts += [prompt, chosen] if nll_on_prompt else [chosen]
-    logged = trainer.step()
+    logged = take_step(trainer)
     assert_same(logged["loss"], -torch.cat(parts).mean(), 1e-9)
     assert_same(logged["nll"], logged["loss"])
 
@@ -335,7 +330,13 @@ def test_a_reward_model_learns_pairs_that_are_easy_to_tell_apart(lab):
 
     train_pairs = lab.data.train.from_list(pairs(lab.data.train))
     run = train_stage(
-        lab, "reward", sweep="easy", pairs=train_pairs, lr=5e-3, epochs=4, evaluations=1
+        lab,
+        "reward",
+        sweep="easy",
+        source=Source(pairs=train_pairs),
+        lr=5e-3,
+        epochs=4,
+        evaluations=1,
     )
     judge = RewardJudge(
         run.model, lab.tokenizer, tokenize_pairs(pairs(lab.data.test), lab.tokenizer, 160)[0]
@@ -440,7 +441,7 @@ def test_accumulation_equals_one_large_batch(lab, tmp_path, stage, changes):
     assert [len(batch["prompt_ids"]) for batch in small.micro_batches(list(range(8)))] == [3, 3, 2]
     before = [parameter.detach().clone() for parameter in large.model.parameters()]
     for _ in range(3):
-        one, other = large.step(), small.step()
+        one, other = take_step(large), take_step(small)
         assert one.keys() == other.keys()
         for name in one:
             assert_same(one[name], other[name])
@@ -467,7 +468,7 @@ def test_gradients_are_clipped(lab, tmp_path):
     """With a clip of 0 nothing moves but by weight decay, which is off."""
     trainer = make_trainer(lab, "sft", tmp_path, clip=0.0)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
-    trainer.step(), trainer.step()
+    take_step(trainer), take_step(trainer)
     assert all(
         torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True)
     )
@@ -491,7 +492,7 @@ def test_a_better_loss_sets_the_patience_back(lab, monkeypatch):
     """
     losses = dict(enumerate((9.0, 4.0, 5.0, 3.0, 5.0, 6.0, 7.0)))
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self: {"held_out_loss": losses[self.state["step"]]}
+        HeldOut, "measures", lambda self, trainer: {"held_out_loss": losses[self.progress.step]}
     )
     run = train_stage(lab, "sft", sweep="patience", evaluations=7, patience=2, keep_best=False)
     assert run.record["stopped_early"] and (run.record["steps"], run.record["best_step"]) == (5, 3)
@@ -510,11 +511,11 @@ def test_keep_best_ends_with_the_weights_of_the_best_evaluation(lab, monkeypatch
     seen = {}
 
     def evaluate(self):
-        step = self.state["step"]
+        step = self.progress.step
         seen[step] = self.model.transformer.wte.weight.detach().clone()
         return {"held_out_loss": {0: 9.0, 2: 4.0, 4: 2.0, 6: 3.0}[step]}
 
-    monkeypatch.setattr(Trainer, "evaluate", evaluate)
+    monkeypatch.setattr(HeldOut, "measures", evaluate)
     sweep = f"best-{keep_best}"
     run = train_stage(
         lab, "sft", sweep=sweep, batch_size=9, epochs=1, evaluations=3, keep_best=keep_best
@@ -592,7 +593,7 @@ def test_while_the_loss_rises_the_held_out_signs_are_silent():
 
 def test_warnings_are_kept_in_the_record(lab, monkeypatch):
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self: {"held_out_loss": 1.0, "held_out_kl": 21.0}
+        HeldOut, "measures", lambda self, trainer: {"held_out_loss": 1.0, "held_out_kl": 21.0}
     )
     run = train_stage(lab, "sft", sweep="warned", epochs=0.4, evaluations=1, keep_best=False)
     assert [warning.split(" nats")[0] for warning in run.record["warnings"]] == [
@@ -606,14 +607,14 @@ def test_warnings_are_kept_in_the_record(lab, monkeypatch):
 def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monkeypatch):
     """Step 2 of 8 rows: the message names both, and the weights are still those of step 1."""
     trainer = make_trainer(lab, "dpo", tmp_path, lr=1e-3)
-    trainer.step()
+    take_step(trainer)
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     whole = trainer.loss
     monkeypatch.setattr(
         trainer, "loss", lambda *args: (whole(*args)[0] * math.nan, whole(*args)[1])
     )
     with pytest.raises(TrainingError) as failure:
-        trainer.step()
+        take_step(trainer)
     rows = trainer.step_rows(1)
     assert f"not finite at step 2 (rows {rows})" in str(failure.value) and len(rows) == 8
     assert "'loss': nan" in str(failure.value) and "weights are still those of step 1" in str(
@@ -627,7 +628,15 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monke
 def test_a_learning_rate_that_blows_up_stops_the_run(lab):
     """Nothing is saved as finished, and the checkpoint before it stays."""
     with pytest.raises(TrainingError, match=r"not finite at step \d"):
-        train_stage(lab, "sft", sweep="nan", lr=1e30, evaluations=1, checkpoint_every=1, warmup=0.0)
+        train_stage(
+            lab,
+            "sft",
+            sweep="nan",
+            lr=1e30,
+            evaluations=1,
+            session=Session(checkpoint_every=1),
+            warmup=0.0,
+        )
     with pytest.raises(MissingRun):
         lab.record("sft", "nan")
     assert checkpoints.newest(lab.path("sft", "nan")) is not None
@@ -672,12 +681,14 @@ def test_a_resumed_run_is_bit_identical(lab, uninterrupted, stage, before_step, 
     with pytest.MonkeyPatch.context() as patch:
         interrupt(patch, before_step)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, stage, sweep=sweep, checkpoint_every=every, **settings)
+            train_stage(
+                lab, stage, sweep=sweep, session=Session(checkpoint_every=every), **settings
+            )
     saved = checkpoints.newest(lab.path(stage, sweep))
     assert (checkpoints.read_state(saved)["step"] if saved else 0) == (
         before_step - 1
     ) // every * every
-    resumed = train_stage(lab, stage, sweep=sweep, resume=True, checkpoint_every=every, **settings)
+    resumed = train_stage(lab, stage, sweep=sweep, session=Session(True, every), **settings)
     assert weights_file(resumed.folder) == weights_file(whole.folder)
     assert read_metrics(resumed.folder) == read_metrics(whole.folder)
     measured = {"wall_seconds", "cpu_seconds", "evaluation_seconds", "peak_memory_bytes"}
@@ -704,9 +715,9 @@ def test_a_resumed_run_is_bit_identical_with_dropout_too(lab, monkeypatch):
     with monkeypatch.context() as patch:
         interrupt(patch, before_step=5)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
+            train_stage(lab, "sft", sweep="broken-dropout", session=Session(checkpoint_every=3))
     torch.manual_seed(99)
-    resumed = train_stage(lab, "sft", sweep="broken-dropout", checkpoint_every=3)
+    resumed = train_stage(lab, "sft", sweep="broken-dropout", session=Session(checkpoint_every=3))
     assert (
         weights_file(resumed.folder) == weights_file(whole.folder) != weights_file(lab.path("sft"))
     )
@@ -779,8 +790,8 @@ def test_a_checkpoint_of_other_settings_is_not_resumed(lab, monkeypatch, capsys)
     with monkeypatch.context() as patch:
         interrupt(patch, before_step=3)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, "sft", sweep="other", checkpoint_every=1)
-    run = train_stage(lab, "sft", sweep="other", lr=1e-4, checkpoint_every=1)
+            train_stage(lab, "sft", sweep="other", session=Session(checkpoint_every=1))
+    run = train_stage(lab, "sft", sweep="other", lr=1e-4, session=Session(checkpoint_every=1))
     said = capsys.readouterr().out
     assert "of other settings or data; starting anew" in said and "resumed" not in said
     assert [row["step"] for row in run.metrics] == list(range(8))
@@ -791,8 +802,8 @@ def test_without_resume_a_run_starts_anew(lab, uninterrupted, monkeypatch, capsy
     with monkeypatch.context() as patch:
         interrupt(patch, before_step=3)
         with pytest.raises(KeyboardInterrupt):
-            train_stage(lab, "reward", sweep="anew", checkpoint_every=1)
-    run = train_stage(lab, "reward", sweep="anew", resume=False)
+            train_stage(lab, "reward", sweep="anew", session=Session(checkpoint_every=1))
+    run = train_stage(lab, "reward", sweep="anew", session=Session(resume=False))
     assert "resumed" not in capsys.readouterr().out
     assert weights_file(run.folder) == weights_file(whole.folder)
 
@@ -819,7 +830,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint_intact(lab, uninterrupted, m
     with monkeypatch.context() as patch:
         fill_disk(patch, at_call=3)
         with pytest.raises(checkpoints.CheckpointError) as failure:
-            train_stage(lab, "reward", sweep="full", checkpoint_every=1)
+            train_stage(lab, "reward", sweep="full", session=Session(checkpoint_every=1))
     said = str(failure.value)
     assert "checkpoint of step 3 was not written" in said and "No space left on device" in said
     assert (
@@ -839,14 +850,14 @@ def test_a_full_disk_at_the_first_checkpoint_says_that_there_is_none(lab, monkey
     with pytest.raises(
         checkpoints.CheckpointError, match="step 1 was not written.*There is none before it"
     ):
-        train_stage(lab, "reward", sweep="full at once", checkpoint_every=1)
+        train_stage(lab, "reward", sweep="full at once", session=Session(checkpoint_every=1))
 
 
 def test_a_new_checkpoint_replaces_the_old_one(lab, tmp_path):
     """Only the newest is kept, and it holds what a resumed run needs."""
     trainer = make_trainer(lab, "sft", tmp_path)
     for _ in range(2):
-        trainer.step()
+        take_step(trainer)
         checkpoints.save(trainer.accelerator, tmp_path, trainer.state)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
     names = {path.name for path in (tmp_path / "checkpoint-00000002").iterdir()}
@@ -893,7 +904,9 @@ def test_a_file_where_the_run_folder_should_be_is_named_with_what_to_do(
 def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
     """The loss of a step is of the weights before it: only the held-out loss sees the last update."""
     monkeypatch.setattr(
-        Trainer, "evaluate", lambda self: {"held_out_loss": math.nan if self.state["step"] else 1.0}
+        HeldOut,
+        "measures",
+        lambda self, trainer: {"held_out_loss": math.nan if self.progress.step else 1.0},
     )
     with pytest.raises(TrainingError, match="held-out loss is not finite after step"):
         train_stage(lab, "sft", sweep="nan-at-the-end", evaluations=1, keep_best=False)

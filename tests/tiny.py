@@ -14,8 +14,12 @@ from tokenizers import (
 )
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
+from common import models as lab_models
+from common.lab import stage_of
 from common.models import train_tokenizer
 from common.profiles import PROFILES, Profile
+from common.training import Task, processes
+from common.training.trainer import Trainer
 
 EOS = 1
 
@@ -158,3 +162,38 @@ def micro_profile(**changes) -> Profile:
         "max_new_tokens": 12,
     }
     return replace(smoke, recipes=recipes, **{**sizes, **changes})
+
+
+def make_trainer(
+    lab, stage, folder, dtype=torch.float32, attention="sdpa", reference="sft", seed=None, **changes
+) -> Trainer:
+    """A trainer that is ready to step, outside `train` and without held-out measures."""
+    kind = stage_of(stage)
+    rows = lab.train_pairs if kind.rows == "pairs" else lab.demonstrations
+    recipe = replace(lab.profile.recipes[stage], **changes)
+    task = Task(
+        name=stage,
+        method=kind.method,
+        recipe=recipe,
+        rows=rows.to_list(),
+        folder=folder,
+        shared=folder,
+        seed=lab.seed if seed is None else seed,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # a reward model's new head
+        source, head = lab.source("sft"), kind.method == "reward"
+        policy = lab_models.load_model(source, lab.profile, reward_head=head).to(dtype)
+    frozen = None
+    if kind.method == "dpo":
+        frozen = lab_models.freeze(lab.load(reference).to(dtype))
+    for model in (policy, frozen):
+        if model is not None and not head:
+            model.set_attn_implementation(attention)
+    return Trainer(task, processes.new_accelerator(), policy, frozen)
+
+
+def take_step(trainer: Trainer) -> dict[str, float]:
+    """One optimiser step, as the loop takes it."""
+    rows = trainer.next_batch()
+    return trainer.step(rows, trainer.backward(rows))

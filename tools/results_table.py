@@ -1,5 +1,5 @@
-"""SFT, DPO and ORPO side by side, as the notebooks measured them: `python tools/results_table.py
-[RUN_FOLDER]`.
+"""The methods side by side: `python -m tools.results_table [RUN_FOLDER]` prints what the notebooks
+measured; the pages show what the quality benchmark and the comparison of Lab 1.8 measured.
 """
 
 import json
@@ -7,71 +7,9 @@ import sys
 from pathlib import Path
 
 from common.profiles import get_profile
+from tools.tables import GB, markdown_table
 
-MODELS = {"sft": "SFT", "dpo": "DPO", "orpo": "ORPO"}
-MEASURES = {  # key in the file → how it is printed
-    "perplexity": ".2f",
-    "helpfulness": ".2f",
-    "harmlessness": ".2f",
-    "relevance": ".2f",
-    "safe_on_harmful": ".1%",
-    "over_refusal": ".1%",
-    "ended_with_eos": ".1%",
-    "length_tokens": ".1f",
-    "reward_margin": ".3f",
-    "preference_accuracy": ".1%",
-    "kl": ".2f",
-}
-
-
-def cell(values: dict, measure: str) -> str:
-    """The value, with its spread over seeds where there is one. A value that was not measured is a
-    dash.
-    """
-    value, spread = values.get(measure), values.get("std", {}).get(measure)
-    if value is None:
-        return "–"
-    return f"{value:{MEASURES[measure]}}" + (
-        "" if spread is None else f" ± {spread:{MEASURES[measure]}}"
-    )
-
-
-def results_table(folder: Path) -> str:
-    """From evaluation.json (Lab 1.7-04) and, unless it is older, comparison.json (Lab 1.8-03)."""
-    evaluation, comparison = folder / "evaluation.json", folder / "comparison.json"
-    if not evaluation.exists():
-        return f"There is no {evaluation} yet: notebook 04 of Lab 1.7 writes it."
-    files = [evaluation]
-    if comparison.exists() and comparison.stat().st_mtime >= evaluation.stat().st_mtime:
-        files.append(comparison)
-    models, win_rates, judges = {}, {}, {}
-    for file in files:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        judges |= (
-            {content["judge"]: content.get("judge_beats_a_coin", True)}
-            if "judge" in content
-            else {}
-        )
-        models |= content["models"]
-        win_rates |= content["win_rate"]
-    shown = [name for name in MODELS if name in models]
-    rows = [["", *(MODELS[name] for name in shown)]]
-    rows += [[measure, *(cell(models[name], measure) for name in shown)] for measure in MEASURES]
-    lines = [f"{row[0]:22}" + "".join(f"{text:>18}" for text in row[1:]) for row in rows]
-    for name, rate in win_rates.items():
-        low, high = rate["ci95"]
-        counts = f"{rate['wins']} wins, {rate['ties']} ties, {rate['losses']} losses"
-        lines.append(f"{name:26}{rate['rate']:.1%} [{low:.1%}, {high:.1%}]  {counts}")
-    for judge, beats_a_coin in judges.items():
-        lines.append(f"Judge: {judge}.")
-        if not beats_a_coin:
-            lines.append(
-                "On held-out pairs it is no better than a coin: its win rates say nothing about quality."
-            )
-    return "\n".join([f"From {' and '.join(map(str, files))}:", "", *lines])
-
-
-QUALITY_MEASURES = {  # key in benchmarks/results/quality.json → heading
+MEASURE_NAMES = {  # key in a report → name of the row
     "perplexity": "perplexity",
     "reward_margin": "margin (β = 0.1)",
     "preference_accuracy": "held-out accuracy",
@@ -84,69 +22,14 @@ QUALITY_MEASURES = {  # key in benchmarks/results/quality.json → heading
     "ended_with_eos": "ended with EOS",
     "length_tokens": "length (tokens)",
 }
-
-
-def mean_and_spread(value: float, spread: float | None) -> str:
-    """`0.824 ± 0.026`, or the value alone where there is one seed."""
-    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
-
-
-def quality_markdown(results: dict) -> str:
-    """What `benchmarks/quality.py` measured, for the READMEs: one column per stage, mean ±
-    deviation over seeds.
-    """
-    lines = []
-    for profile, result in results["profiles"].items():
-        reports, models, rates = result["reports"], result["models"], result["win_rate"]
-        numbers = ", ".join(str(report["seed"]) for report in reports)
-        size = f"{reports[0]['prompts']} held-out prompts × {reports[0]['samples']} samples at temperature 1"
-        lines += [f"`{profile}`, {'seeds' if len(reports) > 1 else 'seed'} {numbers}; {size}:", ""]
-        lines += [
-            "| | " + " | ".join(f"`{stage}`" for stage in models) + " |",
-            "|---|" + "---|" * len(models),
-        ]
-        cells = []
-        for stage in models:
-            rate = rates.get(f"{stage}_vs_sft")
-            cells.append(
-                mean_and_spread(rate["rate"], rate["std"]) if rate else "0.5 by definition"
-            )
-        lines.append("| **win rate against SFT** | " + " | ".join(cells) + " |")
-        for name, heading in QUALITY_MEASURES.items():
-            cells = [
-                mean_and_spread(values[name], values["std"][name]) for values in models.values()
-            ]
-            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
-        basis = "over seeds" if len(reports) > 1 else "over prompts"
-        lines += [
-            "",
-            f"Head to head, 95 % interval {basis}: "
-            + "; ".join(
-                f"`{first}` against `{second}` {rate_cell(rate)}"
-                for first, second in (
-                    ("orpo", "dpo"),
-                    ("orpo", "orpo_lambda0"),
-                    ("dpo", "orpo_lambda0"),
-                )
-                for rate in [rates[f"{first}_vs_{second}"]]
-            )
-            + ".",
-        ]
-        for name, arm in result["arms"].items():
-            rate = arm["win_rate"]["orpo_vs_orpo_lambda0"]
-            lines.append(f"On {name} pairs: `orpo` against `orpo_lambda0` {rate_cell(rate)}.")
-        lines.append("")
-    return "\n".join(lines)
-
-
-METHODS = {
+STAGE_NAMES = {
     "sft": "SFT",
     "orpo_lambda0": "λ = 0",
     "dpo_plain": "DPO plain",
     "dpo": "DPO + NLL",
     "orpo": "ORPO",
 }
-MEMORY = {
+PART_NAMES = {
     "weights_bytes": "weights",
     "reference_bytes": "reference",
     "gradient_bytes": "gradients",
@@ -156,99 +39,152 @@ MEMORY = {
 }
 
 
-def _table(head: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table as lines, an empty one after it."""
-    return ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)] + [""]
+def _cell(value: float | None, spread: float | None) -> str:
+    """`0.824 ± 0.026`; the value alone where there is one seed; a dash if it was not measured."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" + ("" if spread is None else f" ± {spread:.3f}")
 
 
-def rate_cell(rate: dict) -> str:
+def _rate_cell(rate: dict) -> str:
     """`0.58 [0.52, 0.64]`: the interval over seeds, or over prompts where there is one seed."""
-    low, high = rate["seed_ci95"] or rate["ci95"]
+    low, high = rate.get("seed_ci95") or rate["ci95"]
     return f"{rate['rate']:.2f} [{low:.2f}, {high:.2f}]"
 
 
-def _methods(report: dict) -> list[str]:
-    """Every method on the profile's own pairs."""
-    models, rates, cost = report["models"], report["win_rate"], report["cost"]
-    against = [
-        rate_cell(rates[f"{stage}_vs_sft"]) if stage != "sft" else "0.5 by definition"
-        for stage in METHODS
+def results_table(folder: Path) -> str:
+    """SFT, DPO and ORPO from evaluation.json (Lab 1.7-04) and, unless it is older, comparison.json
+    (Lab 1.8-03), with every win rate and its judge.
+    """
+    evaluation, comparison = folder / "evaluation.json", folder / "comparison.json"
+    if not evaluation.exists():
+        return f"There is no {evaluation} yet: notebook 04 of Lab 1.7 writes it."
+    files = [evaluation]
+    if comparison.exists() and comparison.stat().st_mtime >= evaluation.stat().st_mtime:
+        files.append(comparison)
+    models, win_rates, judges = {}, {}, {}
+    for report in [json.loads(file.read_text(encoding="utf-8")) for file in files]:
+        models |= report["models"]
+        win_rates |= report["win_rate"]
+        if "judge" in report:
+            judges[report["judge"]] = report.get("judge_beats_a_coin", True)
+    names = {stage: stage.upper() for stage in ("sft", "dpo", "orpo") if stage in models}
+    rates = [
+        [name, f"{rate['rate']:.1%} [{rate['ci95'][0]:.1%}, {rate['ci95'][1]:.1%}]"]
+        + [str(rate[outcome]) for outcome in ("wins", "ties", "losses")]
+        for name, rate in win_rates.items()
     ]
-    rows = [["**win rate against SFT**", *against]]
-    for name, heading in QUALITY_MEASURES.items():
-        values = [models[stage].get(name) for stage in METHODS]
-        if None not in values:
-            spreads = [models[stage]["std"].get(name) for stage in METHODS]
-            rows.append([heading, *map(mean_and_spread, values, spreads)])
-    rows.append(
-        [
-            "TFLOPs of the stage, unpacked",
-            *(f"{cost[stage]['simple_flops'] / 1e12:.3f}" for stage in METHODS),
+    blocks = [
+        f"From {' and '.join(map(str, files))}:",
+        _stage_table(models, names),
+        markdown_table(["win rate", "95 % interval", "wins", "ties", "losses"], rates),
+    ]
+    for judge, beats_a_coin in judges.items():
+        warning = " On held-out pairs it is no better than a coin: its win rates say nothing."
+        blocks.append(f"Judge: {judge}." + ("" if beats_a_coin else warning))
+    return "\n\n".join(blocks)
+
+
+def _stage_table(models: dict, names: dict[str, str], first=(), last=()) -> str:
+    """One column per stage, one row per shared measure. `first`, `last`: further rows."""
+    rows = []
+    for key, name in MEASURE_NAMES.items():
+        found = [(models[stage].get(key), models[stage].get("std", {}).get(key)) for stage in names]
+        if any(value is not None for value, _ in found):
+            rows.append([name, *(_cell(*each) for each in found)])
+    return markdown_table(["", *names.values()], [*first, *rows, *last])
+
+
+def _against_sft(rates: dict, stages, cell) -> list[list[str]]:
+    """The row of win rates against SFT."""
+    found = [rates.get(f"{stage}_vs_sft") for stage in stages]
+    return [["**win rate against SFT**", *(cell(r) if r else "0.5 by definition" for r in found)]]
+
+
+def quality_markdown(results: dict) -> str:
+    """What `python -m benchmarks.quality` measured: means ± deviation over seeds, by profile."""
+    blocks = []
+    for profile, result in results["profiles"].items():
+        reports, models, rates = result["reports"], result["models"], result["win_rate"]
+        first = _against_sft(rates, models, lambda rate: _cell(rate["rate"], rate["std"]))
+        seeds = ", ".join(str(report["seed"]) for report in reports)
+        several = len(reports) > 1
+        pairs = ("orpo", "dpo"), ("orpo", "orpo_lambda0"), ("dpo", "orpo_lambda0")
+        duels = "; ".join(
+            f"`{a}` against `{b}` {_rate_cell(rates[f'{a}_vs_{b}'])}" for a, b in pairs
+        )
+        arms = [
+            f"On {name} pairs: `orpo` against `orpo_lambda0` "
+            f"{_rate_cell(arm['win_rate']['orpo_vs_orpo_lambda0'])}."
+            for name, arm in result["arms"].items()
         ]
-    )
-    return _table(["", *METHODS.values()], rows)
+        basis = f"Head to head, 95 % interval over {'seeds' if several else 'prompts'}: {duels}."
+        blocks += [
+            f"`{profile}`, {'seeds' if several else 'seed'} {seeds}; {reports[0]['prompts']} "
+            f"held-out prompts × {reports[0]['samples']} samples at temperature 1:",
+            _stage_table(models, {stage: f"`{stage}`" for stage in models}, first),
+            "\n".join([basis, *arms]),
+        ]
+    return "\n\n".join(blocks) + "\n"
 
 
 def _flaw_rates(report: dict) -> list[str]:
-    """When does the contrast pay? Nothing where there is no embedded world."""
+    """Win rates by share of flawed pairs. Nothing where there is no embedded world."""
     if not report["flaw_rates"]:
         return []
     arms = {rate: report["arms"].get(name, report) for rate, name in report["flaw_rates"].items()}
     arms["tiers"] = report["arms"]["tiers"]
-    pairs = {
-        "orpo_vs_orpo_lambda0": "ORPO against λ = 0",
-        "dpo_vs_orpo_lambda0": "DPO + NLL against λ = 0",
-    }
     rows = [
-        [text, *(rate_cell(arm["win_rate"][name]) for arm in arms.values())]
-        for name, text in pairs.items()
+        [text, *(_rate_cell(arm["win_rate"][name]) for arm in arms.values())]
+        for name, text in (
+            ("orpo_vs_orpo_lambda0", "ORPO against λ = 0"),
+            ("dpo_vs_orpo_lambda0", "DPO + NLL against λ = 0"),
+        )
     ]
-    return _table(["flaw rate of the pairs", *arms], rows)
+    return [markdown_table(["flaw rate of the pairs", *arms], rows)]
 
 
-def _memory(runs: list[dict]) -> list[str]:
-    """Measured in one process per method."""
+def _memory_table(runs: list[dict]) -> list[str]:
+    """Peak memory by part, measured in one process per method."""
     size = runs[0]
     rows = [
-        [
-            f"`{run['method']}`{' + LoRA' if run['lora'] else ''}",
-            *(f"{run[key] / 1e9:.2f}" for key in MEMORY),
-        ]
+        [f"`{run['method']}`{' + LoRA' if run['lora'] else ''}"]
+        + [f"{run[key] / GB:.2f}" for key in PART_NAMES]
         for run in runs
     ]
-    head = (
+    return [
         f"Memory in GB (1e9 bytes), a GPT-2 of {size['parameters'] / 1e6:.0f} M random weights, "
-        f"{size['pairs']} pairs of up to {size['length']} tokens, {size['device']}:"
-    )
-    return [head, "", *_table(["method", *MEMORY.values()], rows)]
+        f"{size['pairs']} pairs of up to {size['length']} tokens, {size['device']}:",
+        markdown_table(["method", *PART_NAMES.values()], rows),
+    ]
 
 
 def comparison_markdown(results: dict) -> str:
-    """What notebook 1.8-03 measured, {profile: comparison.json}, for the READMEs of Lab 1.8."""
-    lines = []
+    """What notebook 1.8-03 measured, {profile: comparison.json}."""
+    blocks = []
     for profile, report in results.items():
-        seeds, ratio = report["seeds"], report["compute_ratio"]
-        basis = (
-            f"{seeds} seeds, interval over seeds"
-            if seeds > 1
-            else "one seed, interval over prompts"
-        )
-        lines += [f"`{profile}`: {basis} (95 %); judge: {report['judge']}.", "", *_methods(report)]
+        seeds, ratio, cost = report["seeds"], dict(report["compute_ratio"]), report["cost"]
+        passes = ratio.pop("passes")
+        several = f"{seeds} seeds, interval over seeds"
+        basis = several if seeds > 1 else "one seed, interval over prompts"
+        flops = [f"{cost[stage]['simple_flops'] / 1e12:.3f}" for stage in STAGE_NAMES]
+        first = _against_sft(report["win_rate"], STAGE_NAMES, _rate_cell)
+        last = [["TFLOPs of the stage, unpacked", *flops]]
         counted = "; ".join(
-            f"{name} {values['counted']:.3f} (formula {values['formula']:.3f})"
+            f"{name} {values['counted']:.3f}, by formula {values['formula']:.3f}"
             for name, values in ratio.items()
-            if name != "passes"
         )
-        lines += [
-            f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {ratio['passes']:.3f}.",
-            "",
+        blocks += [
+            f"`{profile}`: {basis} (95 %); judge: {report['judge']}.",
+            _stage_table(report["models"], STAGE_NAMES, first, last),
+            f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {passes:.3f}.",
+            *_flaw_rates(report),
         ]
-        lines += _flaw_rates(report)
         if "twice" in report["arms"]:
             rate = report["arms"]["twice"]["win_rate"]["orpo_vs_orpo_lambda0"]
-            lines += [f"ORPO against λ = 0 trained twice as long: {rate_cell(rate)}.", ""]
-        lines += _memory(report["memory"])
-    return "\n".join(lines)
+            blocks.append(f"ORPO against λ = 0 trained twice as long: {_rate_cell(rate)}.")
+        blocks += _memory_table(report["memory"])
+    return "\n\n".join(blocks) + "\n"
 
 
 if __name__ == "__main__":

@@ -29,8 +29,9 @@ from tqdm import tqdm
 
 from common.profiles import get_profile
 from tools.machine import describe_machine
-from tools.readme_table import RESULTS, measured
+from tools.readme_table import timing_text
 from tools.results_table import results_table
+from tools.tables import RESULTS_FOLDER
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORTS = ("comparison.json",)  # of the notebooks, kept beside the times
@@ -133,7 +134,7 @@ def run_all(
                 raise LabFailed(f"{label} prints a path of this machine, {ROOT}: see {copy}")
             nbformat.write(notebook, source)
         timings[f"{lab}/{source.name}"] = timing
-        print(f"{label}  {measured(timing)}", flush=True)
+        print(f"{label}  {timing_text(timing)}", flush=True)
     return timings
 
 
@@ -159,7 +160,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--fresh", action="store_true", help="remove the profile's run folder first"
     )
-    parser.add_argument("--record", action="store_true", help=f"keep the times in {RESULTS.name}")
+    parser.add_argument("--record", action="store_true", help="keep the times in notebooks.json")
     return parser.parse_args(arguments)
 
 
@@ -218,10 +219,10 @@ def main(arguments: list[str] | None = None) -> int:
     content = {"machine": describe_machine(), "notebooks": timings}
     write_json(folder / "notebooks" / "timing.json", content)
     if options.record:
-        record(RESULTS, profile.run_name, content)
+        record(RESULTS_FOLDER / "notebooks.json", profile.run_name, content)
         for name in REPORTS:  # the tables of the READMEs are made from these
             record(
-                RESULTS.with_name(name),
+                RESULTS_FOLDER / name,
                 profile.run_name,
                 json.loads((folder / name).read_text(encoding="utf-8")),
             )

@@ -12,11 +12,19 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 
+def sync(target: Path) -> None:
+    """Brings a file, or all files of a folder, to the disk."""
+    for path in (target, *target.rglob("*")):
+        if path.is_file():
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+
+
 @contextmanager
 def written_whole(target: Path) -> Iterator[Path]:
-    """A temporary sibling of `target` that takes its place in one rename, or never: no half-written
-    file or folder.
+    """A temporary sibling of `target` that takes its place in one rename, or never.
 
+    So no file or folder is ever half written.
     Raises: OSError with what to do when the disk is full or the folder cannot be written; `target`
         is then untouched.
     """
@@ -26,14 +34,12 @@ def written_whole(target: Path) -> Iterator[Path]:
     except OSError as error:
         raise OSError(
             error.errno,
-            f"Cannot write in {target.parent} ({error.strerror}). Set LAB_RUNS to a folder of your own.",
+            f"Cannot write in {target.parent} ({error.strerror}). "
+            "Set LAB_RUNS to a folder of your own.",
         ) from error
     try:
         yield scratch / target.name
-        for path in (scratch / target.name, *(scratch / target.name).rglob("*")):
-            if path.is_file():
-                with open(path, "rb") as file:
-                    os.fsync(file.fileno())
+        sync(scratch / target.name)
         if target.is_dir():
             os.replace(target, scratch / "old")
         os.replace(scratch / target.name, target)
@@ -42,7 +48,7 @@ def written_whole(target: Path) -> Iterator[Path]:
             raise OSError(
                 errno.ENOSPC,
                 f"The disk is full: {target} was not written, and what was there before is intact. "
-                "Free some space (old runs are in the runs folder) and run again; training resumes.",
+                "Free some space (old runs are in the runs folder) and run again.",
             ) from error
         raise
     finally:
@@ -62,9 +68,7 @@ def write_lines(path: Path, rows: list[dict]) -> None:
 
 
 def read_metrics(folder: Path) -> list[dict]:
-    """`metrics.jsonl` in `folder`, one dict per step; [] if there is none. A line that a kill cut
-    off is left out.
-    """
+    """`metrics.jsonl` in `folder`, one dict per step, without a line that a kill cut off."""
     path = folder / "metrics.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]

@@ -1,4 +1,4 @@
-"""Fingerprints: short hashes of what decides a result, so that a change makes a finished run stale."""
+"""Fingerprints: short hashes of what decides a result. A change makes a finished run stale."""
 
 import ast
 import hashlib

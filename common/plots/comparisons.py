@@ -6,14 +6,12 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.memory.simulate import PARTS, Forecast
-from common.plots.curves import GREY, PALETTE, REJECTED
+from common.plots import BESIDE, GREY, MARK, PALETTE, REJECTED
 
-COLOURS = dict(
+METHOD_COLOURS = dict(
     zip(("SFT", "λ = 0", "DPO plain", "DPO + NLL", "ORPO"), PALETTE, strict=False)
-)  # the same everywhere
-
-MEMORY_PARTS = {  # key of `costs.measure_method` → how it is called
+)
+MEMORY_PARTS = {  # key of `common.memory.measured.measure_method` → how it is called
     "weights_bytes": "weights",
     "reference_bytes": "reference",
     "gradient_bytes": "gradients",
@@ -39,42 +37,29 @@ def flaw_rates(
     """
     figure, ax = plt.subplots(figsize=(8, 4.2))
     for index, (name, points) in enumerate(lines.items()):
-        colour = COLOURS.get(name, PALETTE[-1])
+        colour = METHOD_COLOURS.get(name, PALETTE[-1])
         low, middle, high = ([point[key] for point in points] for key in ("low", "rate", "high"))
         ax.fill_between(rates, low, high, color=colour, alpha=0.15)
         ax.plot(rates, middle, "o-", color=colour, label=name)
         for rate, values in zip(rates, (seeds or {}).get(name, []), strict=False):
             if len(values) > 1:
-                shift = 0.006 * (index + 1)
-                ax.plot(
-                    [rate + shift] * len(values), values, "o", color=colour, markersize=3, alpha=0.6
-                )
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+                places = [rate + 0.006 * (index + 1)] * len(values)
+                ax.plot(places, values, "o", color=colour, markersize=3, alpha=0.6)
+    ax.axhline(0.5, **MARK)
     for text, place, align in zip(ends or (), (0.02, 0.98), ("bottom", "top"), strict=False):
-        ax.text(
-            0.985,
-            place,
-            text,
-            transform=ax.transAxes,
-            ha="right",
-            va=align,
-            fontsize=9,
-            color="dimgrey",
-        )
-    ax.set(
-        title=title,
-        xlabel="flaw rate p: each flaw is in both answers with this probability",
-        ylabel=ylabel,
-    )
+        style = {"ha": "right", "va": align, "fontsize": 9, "color": "dimgrey"}
+        ax.text(0.985, place, text, transform=ax.transAxes, **style)
+    xlabel = "flaw rate p: each flaw is in both answers with this probability"
+    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.margins(y=0.16)
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(**BESIDE)
     return figure
 
 
 def win_rate_matrix(rates: dict[str, dict], stages: dict[str, str], title: str = "") -> Figure:
     """Win rate of each row's method against each column's, with its spread over seeds; bold where
-    the interval says so.
+    the interval excludes a draw.
 
     Args: `rates`: {"a_vs_b": {"rate", "std", "low", "high"}}; `stages`: {stage: name}, in the order
         of the axes.
@@ -85,13 +70,14 @@ def win_rate_matrix(rates: dict[str, dict], stages: dict[str, str], title: str =
     for row, first in enumerate(stages):
         for column, second in enumerate(stages):
             for key, sign in ((f"{first}_vs_{second}", 1), (f"{second}_vs_{first}", -1)):
-                if first != second and key in rates:
-                    rate = rates[key]
-                    table[row, column] = value = rate["rate"] if sign == 1 else 1 - rate["rate"]
-                    spread = "" if rate["std"] is None else f"\n± {rate['std']:.2f}"
-                    sure = rate["low"] > 0.5 or rate["high"] < 0.5
-                    style = {"fontweight": "bold" if sure else "normal", "fontsize": 10}
-                    ax.text(column, row, f"{value:.2f}{spread}", ha="center", va="center", **style)
+                if first == second or key not in rates:
+                    continue
+                rate = rates[key]
+                table[row, column] = value = rate["rate"] if sign == 1 else 1 - rate["rate"]
+                spread = "" if rate["std"] is None else f"\n± {rate['std']:.2f}"
+                weight = "bold" if rate["low"] > 0.5 or rate["high"] < 0.5 else "normal"
+                style = {"ha": "center", "va": "center", "fontweight": weight, "fontsize": 10}
+                ax.text(column, row, f"{value:.2f}{spread}", **style)
     image = ax.imshow(table, cmap="PiYG", vmin=0, vmax=1, aspect="auto", alpha=0.75)
     ax.set_xticks(range(size), names)
     ax.set_yticks(range(size), names)
@@ -115,19 +101,15 @@ def measure_panels(
     figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 2.7 * rows), squeeze=False)
     for ax in axes.flat[len(measures) :]:
         ax.set_visible(False)
+    places, labels = range(len(names)), list(names.values())
     for ax, (key, label) in zip(axes.flat, measures.items(), strict=False):
         values = [models[stage][key] for stage in names]
         spread = [models[stage]["std"][key] or 0.0 for stage in names]
-        drawn = ax.bar(
-            range(len(names)),
-            values,
-            yerr=spread if any(spread) else None,
-            color=PALETTE,
-            capsize=3,
-        )
+        errors = spread if any(spread) else None
+        drawn = ax.bar(places, values, yerr=errors, color=PALETTE, capsize=3)
         digits = "%.1f" if max(map(abs, values)) >= 10 else "%.2f"
         ax.bar_label(drawn, fmt=digits, fontsize=8, padding=2)
-        ax.set_xticks(range(len(names)), list(names.values()), rotation=35, ha="right", fontsize=8)
+        ax.set_xticks(places, labels, rotation=35, ha="right", fontsize=8)
         ax.set_title(label, fontsize=10)
         ax.margins(y=0.18)
         ax.grid(axis="x", visible=False)
@@ -135,29 +117,56 @@ def measure_panels(
     return figure
 
 
+def _stacked(ax, names: list[str], parts: dict[str, list[float]], colours) -> np.ndarray:
+    """Horizontal bars made of parts, the first name on top. Returns: the places of the bars."""
+    places, left = np.arange(len(names))[::-1], np.zeros(len(names))
+    for colour, (part, widths) in zip(colours, parts.items(), strict=False):
+        if any(widths):
+            ax.barh(places, widths, left=left, color=colour, label=part, height=0.65)
+            left += widths
+    ax.set_yticks(places, names)
+    ax.grid(axis="y", visible=False)
+    return places
+
+
 def memory_by_part(rows: dict[str, dict], title: str = "") -> Figure:
-    """Stacked bars of what training held at its peak, in GB (1e9 bytes). `rows`: {name:
-    `costs.measure_method`}.
+    """Stacked bars of what training held at its peak, in GB (1e9 bytes).
+
+    Args: `rows`: {name: as `common.memory.measured.measure_method` gives it}.
     """
     figure, ax = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
-    left, places = np.zeros(len(rows)), np.arange(len(rows))[::-1]
-    for colour, (key, part) in zip((*PALETTE[:4], GREY), MEMORY_PARTS.items(), strict=True):
-        widths = np.array([row[key] for row in rows.values()]) / 1e9
-        ax.barh(places, widths, left=left, color=colour, label=part, height=0.65)
-        left += widths
-    for place, total in zip(places, left, strict=True):
+    parts = {name: [row[key] / 1e9 for row in rows.values()] for key, name in MEMORY_PARTS.items()}
+    places = _stacked(ax, list(rows), parts, (*PALETTE[:4], GREY))
+    for place, total in zip(places, np.sum(list(parts.values()), axis=0), strict=True):
         ax.text(total, place, f" {total:.2f}", va="center", fontsize=9)
-    ax.set_yticks(places, list(rows))
     ax.margins(x=0.1)
-    ax.grid(axis="y", visible=False)
     ax.set(title=title, xlabel="GB at the peak of a training step")
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)
+    ax.legend(**BESIDE, fontsize=8)
+    return figure
+
+
+def memory_forecasts(rows: dict[str, tuple[dict, dict]], gigabytes: float) -> Figure:
+    """Predicted memory: a bar of parts for the training step, a mark for each other phase.
+
+    Args: `rows`: {name: (bytes by part at the peak of a step, bytes at the peak of each phase)};
+        `gigabytes`: of the GPU, drawn as a dashed line.
+    """
+    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(rows)))
+    names = next(iter(rows.values()))[0]
+    parts = {part: [found[part] / 1e9 for found, _ in rows.values()] for part in names}
+    places = _stacked(ax, list(rows), parts, plt.get_cmap("tab10").colors)
+    for phase, mark in (("evaluation", "D"), ("answers", "o")):
+        sizes = [phases.get(phase, np.nan) / 1e9 for _, phases in rows.values()]
+        ax.plot(sizes, places, mark, color="black", markersize=5, label=f"peak of {phase}")
+    ax.axvline(gigabytes, color=REJECTED, linestyle="--", label=f"{gigabytes:g} GB")
+    ax.set(xlabel="predicted peak of GPU memory (GB of 1e9 bytes)", xlim=(0, gigabytes * 1.05))
+    ax.legend(**BESIDE)
     return figure
 
 
 def frontier(points: dict[str, dict], xlabel: str, ylabel: str, title: str = "") -> Figure:
-    """Quality against cost, one labelled point each; the line joins those that nothing cheaper
-    equals.
+    """Quality against cost, one labelled point each; the grey line joins the points that no cheaper
+    one equals.
 
     Args: `points`: {name: {"cost", "rate", "low", "high"}}; `low` and `high` None: no interval.
     """
@@ -167,47 +176,26 @@ def frontier(points: dict[str, dict], xlabel: str, ylabel: str, title: str = "")
         if point["rate"] > best:
             best = point["rate"]
             stairs.append((point["cost"], best))
-    ax.plot(
-        *zip(*stairs, strict=True),
-        color=GREY,
-        linewidth=6,
-        alpha=0.35,
-        label="the frontier",
-        zorder=0,
-    )
-    width, height = (
-        np.ptp([p["cost"] for p in points.values()]) or 1,
-        np.ptp([p["rate"] for p in points.values()]) or 1,
-    )
+    line = {"color": GREY, "linewidth": 6, "alpha": 0.35, "label": "the frontier", "zorder": 0}
+    ax.plot(*zip(*stairs, strict=True), **line)
+
+    width, height = (np.ptp([p[key] for p in points.values()]) or 1 for key in ("cost", "rate"))
     named: list[dict] = []
     for name, point in points.items():
-        colour = COLOURS.get(name, PALETTE[-1])
-        apart = [
-            (abs(p["cost"] - point["cost"]) / width, abs(p["rate"] - point["rate"]) / height)
-            for p in named
-        ]
-        near = any(x < 0.25 and y < 0.12 for x, y in apart)
-        side, named = (
-            (-16 if near else 6),
-            [*named, point],
-        )  # a name below its point where one is above
+        colour, cost, rate = METHOD_COLOURS.get(name, PALETTE[-1]), point["cost"], point["rate"]
         if point["low"] is not None:
-            ax.plot(
-                [point["cost"]] * 2,
-                [point["low"], point["high"]],
-                color=colour,
-                linewidth=3,
-                alpha=0.5,
-            )
-        ax.plot(point["cost"], point["rate"], "o", color=colour, markersize=8)
-        ax.annotate(
-            name,
-            (point["cost"], point["rate"]),
-            xytext=(9, side),
-            textcoords="offset points",
-            fontsize=9,
+            interval = [point["low"], point["high"]]
+            ax.plot([cost] * 2, interval, color=colour, linewidth=3, alpha=0.5)
+        ax.plot(cost, rate, "o", color=colour, markersize=8)
+        # A name stands below its point where the name of another point is close above.
+        near = any(
+            abs(p["cost"] - cost) < 0.25 * width and abs(p["rate"] - rate) < 0.12 * height
+            for p in named
         )
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+        text = {"xytext": (9, -16 if near else 6), "textcoords": "offset points", "fontsize": 9}
+        ax.annotate(name, (cost, rate), **text)
+        named.append(point)
+    ax.axhline(0.5, **MARK)
     ax.margins(x=0.2, y=0.12)
     ax.set_xlim(left=0)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
@@ -222,47 +210,16 @@ def gradient_cosines(
     along plain DPO.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.7), width_ratios=(3, 2))
-    for colour, (name, values) in zip(
-        (REJECTED, PALETTE[0], PALETTE[4]), cosines.items(), strict=False
-    ):
+    colours = (REJECTED, PALETTE[0], PALETTE[4])
+    for colour, (name, values) in zip(colours, cosines.items(), strict=False):
         left.plot(steps, values, "o-", color=colour, label=name, markersize=4)
     left.axhline(0, color="black", linewidth=0.8)
-    left.set(
-        title="Cosine of the gradients",
-        ylabel="cosine",
-        xlabel="optimiser step",
-        ylim=(-1.05, 1.05),
-    )
+    left.set(title="Cosine of the gradients", ylabel="cosine", ylim=(-1.05, 1.05))
     left.legend(loc="lower left", fontsize=8)
     right.plot(steps, nll, "o-", color=REJECTED, markersize=4)
-    right.set(
-        title="Chosen answers along plain DPO",
-        ylabel="held-out NLL, nats per token",
-        xlabel="optimiser step",
-    )
+    right.set(title="Chosen answers along plain DPO", ylabel="held-out NLL, nats per token")
     for ax in (left, right):
+        ax.set(xlabel="optimiser step")
         ax.locator_params(axis="x", integer=True)
     figure.suptitle(title)
-    return figure
-
-
-def memory_forecasts(forecasts: list[Forecast], gigabytes: float) -> Figure:
-    """Predicted memory per profile and method: a bar of parts for the training step, a mark for the
-    other phases.
-    """
-    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(forecasts)), layout="constrained")
-    names = [f"{forecast.profile}  {forecast.method.upper()}" for forecast in forecasts]
-    places, left = np.arange(len(forecasts))[::-1], np.zeros(len(forecasts))
-    for part, colour in zip(PARTS, plt.get_cmap("tab10").colors, strict=False):
-        sizes = np.array([forecast.parts[part] / 1e9 for forecast in forecasts])
-        if sizes.any():
-            ax.barh(places, sizes, left=left, color=colour, label=part)
-            left += sizes
-    for phase, mark in (("evaluation", "D"), ("answers", "o")):
-        sizes = [forecast.phases.get(phase, np.nan) / 1e9 for forecast in forecasts]
-        ax.plot(sizes, places, mark, color="black", markersize=5, label=f"peak of {phase}")
-    ax.axvline(gigabytes, color=REJECTED, linestyle="--", label=f"{gigabytes:g} GB")
-    ax.set_yticks(places, names)
-    ax.set(xlabel="predicted peak of GPU memory (GB of 1e9 bytes)", xlim=(0, gigabytes * 1.05))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
     return figure

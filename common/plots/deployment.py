@@ -1,19 +1,17 @@
-"""Figures of deployment: what rounding costs, how speed depends on the way of generating, and
-drift.
-"""
+"""Figures of deployment: cost of rounding, speed of generating, latency, drift."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plots.curves import CHOSEN, GREY, OTHER, PALETTE, REJECTED
+from common.plots import BESIDE, CHOSEN, GREY, MARK, OTHER, PALETTE, REJECTED
 
 
 def quality_size_speed(report: dict[str, dict]) -> Figure:
     """Win rate against full precision over bytes of weights; the area of a dot grows with tokens
     per second.
 
-    `report`: as `common.quantize.measure_variants` gives it.
+    `report`: as `deploy.quantize.measure_variants` gives it.
     """
     figure, ax = plt.subplots(figsize=(8, 4.2))
     fastest = max(row["tokens_per_second"] for row in report.values())
@@ -24,51 +22,37 @@ def quality_size_speed(report: dict[str, dict]) -> Figure:
         label = f"{name}: {row['tokens_per_second']:,.0f} tokens/s"
         area = 400 * row["tokens_per_second"] / fastest
         ax.scatter(size, rate.rate, area, color=colour, alpha=0.6, label=label, zorder=2)
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.axhline(0.5, **MARK)
     ax.set(
         xlabel="weights in memory, MB (counted)",
         ylabel="win rate against float32 (ties half)",
         title="Quality, size and speed: upper left and large is best",
     )
     ax.margins(x=0.15, y=0.2)
-    legend = ax.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    legend = ax.legend(**BESIDE, frameon=False)
     for handle in legend.legend_handles:
         handle.set_sizes([40])
     return figure
 
 
 def speeds(cached: dict[int, tuple[float, float]], batches: dict[int, object]) -> Figure:
-    """Left: seconds of an answer by its length, {new tokens: (with cache, without)}. Right: {batch:
-    Speed}.
+    """Left: time of an answer by its length, {new tokens: (seconds with cache, without)}. Right:
+    throughput and latency by batch, {rows: Speed}.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6))
     for index, (name, colour) in enumerate((("KV cache", CHOSEN), ("no cache", REJECTED))):
-        left.plot(
-            list(cached),
-            [1000 * pair[index] for pair in cached.values()],
-            "o-",
-            color=colour,
-            label=name,
-        )
+        times = [1000 * pair[index] for pair in cached.values()]
+        left.plot(list(cached), times, "o-", color=colour, label=name)
     left.set(xlabel="new tokens", ylabel="ms for an answer, p50", title="One row at a time", ylim=0)
     left.legend()
     sizes = list(batches)
-    right.plot(
-        sizes,
-        [batches[size].tokens_per_second for size in sizes],
-        "o-",
-        color=OTHER,
-        label="tokens/s",
-    )
-    right.set(
-        xlabel="rows in a batch",
-        ylabel="new tokens per second",
-        title="Batches: throughput and latency",
-        ylim=0,
-    )
+    throughput = [batches[size].tokens_per_second for size in sizes]
+    right.plot(sizes, throughput, "o-", color=OTHER, label="tokens/s")
+    right.set(xlabel="rows in a batch", ylabel="new tokens per second", ylim=0)
+    right.set_title("Batches: throughput and latency")
     other = right.twinx()
-    for name, style in (("latency_p50", "s--"), ("first_token_p50", "^:")):
-        label = {"latency_p50": "whole answer", "first_token_p50": "first token"}[name]
+    times = ("latency_p50", "whole answer", "s--"), ("first_token_p50", "first token", "^:")
+    for name, label, style in times:
         values = [1000 * getattr(batches[size], name) for size in sizes]
         other.plot(sizes, values, style, color=GREY, label=label, markersize=4)
     other.set(ylabel="ms, p50", ylim=0)
@@ -81,29 +65,20 @@ def speeds(cached: dict[int, tuple[float, float]], batches: dict[int, object]) -
 
 
 def latencies(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figure:
-    """The share of requests that were answered within so many milliseconds, one curve to a group
-    (values in s).
+    """Share of requests answered within a time: one curve per group of latencies in seconds.
+
+    Args: `xlabel`: names the time, in milliseconds.
     """
-    figure, ax = plt.subplots(figsize=(8.6, 3.4), layout="constrained")
+    figure, ax = plt.subplots(figsize=(8.6, 3.4))
     for colour, (name, seconds) in zip(PALETTE, groups.items(), strict=False):
         ordered = 1000 * np.sort(seconds)
-        ax.step(
-            ordered,
-            np.arange(1, len(ordered) + 1) / len(ordered),
-            where="post",
-            color=colour,
-            label=name,
-        )
+        shares = np.arange(1, len(ordered) + 1) / len(ordered)
+        ax.step(ordered, shares, where="post", color=colour, label=name)
     for share in (0.5, 0.95):
         ax.axhline(share, color="black", linestyle=":", linewidth=1)
-        ax.annotate(
-            f"p{100 * share:.0f}",
-            (1, share),
-            xycoords=("axes fraction", "data"),
-            xytext=(3, -3),
-            textcoords="offset points",
-            fontsize=8,
-        )
+        text = {"xytext": (3, -3), "textcoords": "offset points", "fontsize": 8}
+        place = (1, share), ("axes fraction", "data")
+        ax.annotate(f"p{100 * share:.0f}", place[0], xycoords=place[1], **text)
     ax.set(xlabel=xlabel, ylabel="share of requests", title=title, ylim=(0, 1.02), xlim=0)
     ax.legend(loc="upper left", bbox_to_anchor=(1.05, 1), frameon=False)
     return figure
@@ -112,14 +87,12 @@ def latencies(groups: dict[str, list[float]], xlabel: str, title: str = "") -> F
 def drift(
     windows: dict[str, list[dict]], limits: dict[str, tuple[float, float]], names: dict[str, str]
 ) -> Figure:
-    """One panel per signal: the mean of each window, the band of the baseline, red where it is
-    left.
+    """One panel per signal: the mean of each window over the band of the baseline, red outside it.
 
-    `names`: {signal: axis label with its unit}.
+    Args: `windows`: {window: rows}; `limits`: {signal: (low, high)}; `names`: {signal: panel title
+        with its unit}.
     """
-    figure, axes = plt.subplots(
-        1, len(limits), figsize=(3.1 * len(limits), 3.3), layout="constrained"
-    )
+    figure, axes = plt.subplots(1, len(limits), figsize=(3.1 * len(limits), 3.3))
     for ax, (signal, (low, high)) in zip(np.atleast_1d(axes), limits.items(), strict=True):
         ax.axhspan(low, high, color=GREY, alpha=0.25)
         for place, rows in enumerate(windows.values()):

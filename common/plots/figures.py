@@ -1,62 +1,30 @@
-"""Every figure of the course (training curves: `curves`). Each function returns the figure; axes
-have units.
-"""
+"""Figures of data and evaluation. Each function returns its figure; axes are named with units."""
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plots.comparisons import (  # noqa: F401 - a notebook finds every figure here
-    flaw_rates,
-    frontier,
-    gradient_cosines,
-    measure_panels,
-    memory_by_part,
-    win_rate_matrix,
-)
-from common.plots.curves import (  # noqa: F401 - a notebook finds every figure here
-    CHOSEN,
-    GREY,
-    OTHER,
-    PALETTE,
-    REJECTED,
-    compare_curves,
-    displacement,
-    sft_curves,
-    training_curves,
-)
-from common.plots.tokens import packed_pair, token_log_ratios  # noqa: F401
+from common.plots import BESIDE, CHOSEN, GREY, MARK, OTHER, PALETTE, REJECTED, SIDES, verdict_colour
 
 
 def histograms(
     groups: dict[str, list[float]], xlabel: str, title: str = "", limit: float | None = None
 ) -> Figure:
-    """Distributions over each other, with their medians; `limit` draws a dashed line (the context,
-    say).
-    """
+    """Distributions over each other, with their medians. `limit`: the place of a dashed line."""
     figure, ax = plt.subplots(figsize=(7, 3.2))
     everything = np.concatenate([np.asarray(values, dtype=float) for values in groups.values()])
     low, high = everything.min() - 0.5, everything.max() + 0.5
-    if (
-        everything == everything.round()
-    ).all():  # counts: every bin holds equally many whole numbers
+    bins = np.linspace(low, high, 40)
+    if (everything == everything.round()).all():  # every bin holds equally many whole numbers
         width = np.ceil((high - low) / 40)
         bins = np.arange(low, high + width, width)
-    else:
-        bins = np.linspace(low, high, 40)
-    for colour, (name, values) in zip(
-        (CHOSEN, REJECTED, OTHER, GREY), groups.items(), strict=False
-    ):
-        ax.hist(
-            values,
-            bins=bins,
-            alpha=0.45,
-            color=colour,
-            label=f"{name}, median {np.median(values):.0f}",
-        )
+    colours = (CHOSEN, REJECTED, OTHER, GREY)
+    for colour, (name, values) in zip(colours, groups.items(), strict=False):
+        label = f"{name}, median {np.median(values):.0f}"
+        ax.hist(values, bins=bins, alpha=0.45, color=colour, label=label)
         ax.axvline(np.median(values), color=colour, linewidth=1)
     if limit:
-        ax.axvline(limit, color="black", linestyle="--", label=f"limit {limit:.0f}")
+        ax.axvline(limit, **MARK, label=f"limit {limit:.0f}")
     ax.set(title=title, xlabel=xlabel, ylabel="number of rows")
     ax.legend()
     return figure
@@ -66,80 +34,39 @@ def bars(
     values: dict[str, dict[str, float]],
     ylabel: str,
     title: str = "",
-    errors: dict | None = None,
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
 ) -> Figure:
-    """Grouped bars: one group per measure, one colour per model. `errors`: the same shape,
-    half-widths.
-    """
+    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model."""
     measures = list(next(iter(values.values())))
     figure, ax = plt.subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
     for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
-        half = [errors[model][name] for name in measures] if errors else None
         heights = [row[name] for name in measures]
-        drawn = ax.bar(
-            places, heights, width * 0.95, color=colour, label=model, yerr=half, capsize=2
-        )
+        drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.margins(y=0.1)  # room for the labels
-    ax.set(title=title, ylabel=ylabel, xticks=range(len(measures)), ylim=ylim)
-    ax.set_xticklabels(
-        measures,
-        rotation=20 if len(measures) > 5 else 0,
-        ha="right" if len(measures) > 5 else "center",
-    )
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.set(title=title, ylabel=ylabel, ylim=ylim)
+    turned = {"rotation": 20, "ha": "right"} if len(measures) > 5 else {}
+    ax.set_xticks(range(len(measures)), measures, **turned)
+    ax.legend(**BESIDE)
     return figure
 
 
 def win_rates(rates: dict, title: str = "Win rate, 95 % interval over prompts") -> Figure:
-    """One dot with its interval per comparison; the dashed line is a draw. `rates`: {name:
-    WinRate}.
-    """
+    """One dot with its interval per comparison, {name: WinRate}; the dashed line is a draw."""
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(rates)))
     for place, rate in enumerate(reversed(rates.values())):
         low, high = rate.ci95
-        colour = CHOSEN if low > 0.5 else REJECTED if high < 0.5 else GREY
+        colour = verdict_colour(low, high)
         ax.plot([low, high], [place, place], color=colour, linewidth=3, alpha=0.5)
         ax.plot(rate.rate, place, "o", color=colour)
         above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
         ax.annotate(f"{rate.rate:.2f}", (rate.rate, place), **above)
-    ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.axvline(0.5, **MARK)
     ax.set(title=title, xlabel="win rate (ties half)", xlim=(0, 1), ylim=(-0.6, len(rates) - 0.3))
     ax.set_yticks(range(len(rates)), list(reversed(rates)))
-    return figure
-
-
-def sweep(
-    values: list[float],
-    measures: dict[str, list[float]],
-    xlabel: str,
-    log: bool = True,
-    limits: dict | None = None,
-) -> Figure:
-    """One panel per measure against a swept setting. `limits`: {measure: value} drawn dashed."""
-    figure, axes = plt.subplots(1, len(measures), figsize=(3.6 * len(measures), 3.2), squeeze=False)
-    for ax, (name, points) in zip(axes.flat, measures.items(), strict=True):
-        ax.plot(values, points, "o-", color=OTHER)
-        if limits and name in limits:
-            ax.axhline(
-                limits[name],
-                color=REJECTED,
-                linestyle="--",
-                linewidth=1,
-                label=f"limit {limits[name]:g}",
-            )
-            ax.legend()
-        if log and min(values) > 0:
-            ax.set_xscale("log")
-        elif log:  # a sweep that begins at 0
-            ax.set_xscale("symlog", linthresh=min(value for value in values if value > 0))
-        ax.set_xticks(values, [f"{value:g}" for value in values])
-        ax.minorticks_off()
-        ax.set(title=name, xlabel=xlabel)
     return figure
 
 
@@ -152,14 +79,8 @@ def heatmap(
     image = ax.imshow(table, cmap="viridis", aspect="auto")
     middle = (np.nanmin(table) + np.nanmax(table)) / 2
     for (row, column), value in np.ndenumerate(table):
-        ax.text(
-            column,
-            row,
-            f"{value:.2f}",
-            ha="center",
-            va="center",
-            color="black" if value > middle else "white",
-        )
+        style = {"ha": "center", "va": "center", "color": "black" if value > middle else "white"}
+        ax.text(column, row, f"{value:.2f}", **style)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     ax.set_xticks(range(len(column_names)), column_names)
     ax.set_yticks(range(len(row_names)), row_names)
@@ -185,21 +106,29 @@ def lines(
 def sweep_with_rates(
     values: list[float], measures: dict[str, list], rates: list, xlabel: str, limits=None
 ) -> Figure:
-    """The panels of `sweep`, and a last one with the win rate (a list of WinRate) and its 95 %
+    """One panel per measure against a swept setting, and a last one with the win rate and its 95 %
     interval.
+
+    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed.
     """
-    name = "win rate against SFT"
-    figure = sweep(values, {**measures, name: [rate.rate for rate in rates]}, xlabel, limits=limits)
-    figure.set_size_inches(3.0 * len(figure.axes), 3.0)
-    ax = figure.axes[-1]
-    ax.vlines(
-        values,
-        *zip(*(rate.ci95 for rate in rates), strict=True),
-        color=OTHER,
-        linewidth=3,
-        alpha=0.4,
-    )
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+    panels = {**measures, "win rate against SFT": [rate.rate for rate in rates]}
+    size = (3.0 * len(panels), 3.0)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    for ax, (name, points) in zip(axes.flat, panels.items(), strict=True):
+        ax.plot(values, points, "o-", color=OTHER)
+        if limits and name in limits:
+            ax.axhline(limits[name], **MARK, label=f"limit {limits[name]:g}")
+            ax.legend()
+        if min(values) > 0:
+            ax.set_xscale("log")
+        else:  # a sweep that begins at 0
+            ax.set_xscale("symlog", linthresh=min(value for value in values if value > 0))
+        ax.set_xticks(values, [f"{value:g}" for value in values])
+        ax.minorticks_off()
+        ax.set(title=name, xlabel=xlabel)
+    low, high = zip(*(rate.ci95 for rate in rates), strict=True)
+    ax.vlines(values, low, high, color=OTHER, linewidth=3, alpha=0.4)
+    ax.axhline(0.5, **MARK)
     ax.set_ylim(0, 1)
     return figure
 
@@ -209,16 +138,15 @@ def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: s
 
     Args: `points`: {run: {"win": WinRate, metric: value}}.
     """
-    figure, axes = plt.subplots(
-        1, len(measures), figsize=(3.8 * len(measures), 3.4), squeeze=False, sharey=True
-    )
+    size = (3.8 * len(measures), 3.4)
+    figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, sharey=True)
     for ax, (name, label) in zip(axes.flat, measures.items(), strict=True):
         for point in points.values():
             low, high = point["win"].ci95
-            colour = CHOSEN if low > 0.5 else REJECTED if high < 0.5 else GREY
+            colour = verdict_colour(low, high)
             ax.plot([point[name]] * 2, [low, high], color=colour, alpha=0.35, linewidth=2)
             ax.plot(point[name], point["win"].rate, "o", color=colour)
-        ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+        ax.axhline(0.5, **MARK)
         ax.set(xlabel=label)
     axes.flat[0].set_ylabel("win rate against SFT")
     figure.suptitle(title)
@@ -228,9 +156,7 @@ def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: s
 def interval_sizes(
     sizes: list[int], intervals: list[tuple[float, float]], rate: float, title: str = ""
 ) -> Figure:
-    """Intervals of one and the same rate, measured on more and more prompts; the dashed line is a
-    draw.
-    """
+    """Intervals of one and the same rate, measured on more and more prompts."""
     figure, ax = plt.subplots(figsize=(7, 3.2))
     low, high = np.array(intervals).T
     ax.fill_between(sizes, low, high, color=OTHER, alpha=0.2)
@@ -240,10 +166,9 @@ def interval_sizes(
         text = {"textcoords": "offset points", "ha": "center", "fontsize": 8}
         ax.annotate(f"{top:.0%}", (size, top), xytext=(0, 4), **text)
         ax.annotate(f"{bottom:.0%}", (size, bottom), xytext=(0, -12), **text)
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
-    ax.set(
-        title=title, xlabel="number of prompts", ylabel="win rate", xscale="log", ylim=(0.25, 1.02)
-    )
+    ax.axhline(0.5, **MARK)
+    ax.set(title=title, xlabel="number of prompts", ylabel="win rate", xscale="log")
+    ax.set_ylim(0.25, 1.02)
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
     return figure
@@ -256,14 +181,14 @@ def labelled_points(
     ylabel: str,
     title: str = "",
 ) -> Figure:
-    """A scatter of named points; `others` are drawn pale, without names. The dashed line is a draw."""
+    """A scatter of named points over pale `others`; the dashed line is a draw."""
     figure, ax = plt.subplots(figsize=(7, 4))
     if others:
         ax.plot(*zip(*others, strict=True), "o", color=GREY, alpha=0.5, markersize=5)
     for colour, (name, point) in zip(PALETTE * 3, points.items(), strict=False):
         ax.plot(*point, "o", color=colour, markersize=8)
         ax.annotate(name, point, xytext=(8, 5), textcoords="offset points", fontsize=9)
-    ax.axhline(0.5, color="black", linestyle="--", linewidth=1)
+    ax.axhline(0.5, **MARK)
     ax.margins(x=0.15, y=0.15)
     ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
     return figure
@@ -272,29 +197,24 @@ def labelled_points(
 def win_rates_by_judge(
     rates: dict[str, dict], title: str = "The same answers, other judges"
 ) -> Figure:
-    """One row per pair of models, one dot with its interval per judge. `rates`: {judge: {pair:
-    WinRate}}.
-    """
+    """One row per pair of models, one dot with its interval per judge: {judge: {pair: WinRate}}."""
     names = list(next(iter(rates.values())))
     figure, ax = plt.subplots(figsize=(8, 1 + 0.6 * len(names)))
     for index, (colour, (judge, row)) in enumerate(zip(PALETTE, rates.items(), strict=False)):
         places = np.arange(len(names))[::-1] - 0.22 * (index - (len(rates) - 1) / 2)
         low, high = np.array([row[name].ci95 for name in names]).T
         ax.hlines(places, low, high, color=colour, linewidth=3, alpha=0.5)
-        ax.plot(
-            [row[name].rate for name in names], places, "o", color=colour, markersize=5, label=judge
-        )
-    ax.axvline(0.5, color="black", linestyle="--", linewidth=1)
+        middle = [row[name].rate for name in names]
+        ax.plot(middle, places, "o", color=colour, markersize=5, label=judge)
+    ax.axvline(0.5, **MARK)
     ax.set(title=title, xlabel="win rate of the first model (ties half)", xlim=(0, 1))
     ax.set_yticks(range(len(names)), list(reversed(names)))
-    ax.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    ax.legend(**BESIDE)
     return figure
 
 
 def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figure:
-    """One row of dots per group, spread a little so that they can be told apart; the bar is the
-    median.
-    """
+    """One row of dots per group, spread a little apart; the bar is the median."""
     figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(groups)))
     for index, (colour, values) in enumerate(zip(PALETTE * 3, groups.values(), strict=False)):
         place = len(groups) - 1 - index
@@ -306,26 +226,6 @@ def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figu
     return figure
 
 
-def rise_of_both(close: list[dict], whole: list[dict], title: str = "") -> Figure:
-    """Held-out log-probabilities of both answers: one run from step 0 on, another from its first
-    evaluation on.
-    """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    names = "from the base on", "from the first evaluation on"
-    for ax, metrics, name in zip(axes, (close, whole), names, strict=True):
-        for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
-            line = f"held_out_logps_{side}"
-            points = [(row["step"], row[line]) for row in metrics if line in row]
-            ax.plot(
-                *np.array(points[ax is axes[1] :]).T, "o-", color=colour, label=side, markersize=4
-            )
-        ax.set(title=name, xlabel="optimiser step", ylabel="log-probability of an answer, nats")
-        ax.locator_params(axis="x", integer=True, nbins=6)
-    axes[0].legend()
-    figure.suptitle(title)
-    return figure
-
-
 def line_panels(
     x, panels: dict[str, dict], xlabel: str, ylabel: str, title: str = "", marks: dict | None = None
 ) -> Figure:
@@ -333,14 +233,13 @@ def line_panels(
 
     Args: `marks`: {label: x}, drawn as a dashed vertical line in every panel.
     """
-    figure, axes = plt.subplots(
-        1, len(panels), figsize=(1 + 4 * len(panels), 3.4), squeeze=False, sharey=True
-    )
+    size = (1 + 4 * len(panels), 3.4)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     for ax, (name, curves) in zip(axes.flat, panels.items(), strict=True):
-        for side, colour in (("chosen", CHOSEN), ("rejected", REJECTED)):
+        for side, colour in SIDES.items():
             ax.plot(x, curves[side], color=colour, label=side)
         for label, place in (marks or {}).items():
-            ax.axvline(place, color="black", linestyle="--", linewidth=1, label=label)
+            ax.axvline(place, **MARK, label=label)
         ax.axhline(0, color="black", linewidth=0.8)
         ax.set(title=name, xlabel=xlabel)
     axes.flat[0].set_ylabel(ylabel)
@@ -355,7 +254,7 @@ def against_diagonal(panels: dict[str, tuple], xlabel: str, ylabel: str, title: 
     for ax, colour, (name, (x, y)) in zip(axes.flat, PALETTE, panels.items(), strict=False):
         x, y = np.asarray(x), np.asarray(y)
         low, high = min(x.min(), y.min()), max(x.max(), y.max())
-        ax.plot([low, high], [low, high], color="black", linestyle="--", linewidth=1, label="equal")
+        ax.plot([low, high], [low, high], **MARK, label="equal")
         ax.plot(x, y, "o", color=colour, alpha=0.4, markersize=4)
         ax.set(title=name, xlabel=xlabel, ylabel=ylabel)
         ax.legend()

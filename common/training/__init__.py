@@ -44,8 +44,8 @@ def train(
 ) -> Run:
     """Trains a stage, or returns the finished run whose fingerprint matches.
 
-    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `source`: where
-        it starts and what it learns from. `figure`: is given the metrics after each step
+    Args: `sweep`: a name for a run beside the stage's own, kept in `sweeps/<name>/`. `source`:
+        where it starts and what it learns from. `figure`: is given the metrics after each step
         (`plots.curves.LiveFigure`). `session`: checkpoints and resume. `changes`: Recipe fields.
     Raises: ValueError for an unknown stage or field; MissingRun if the parent was not trained;
         TrainingError for a loss that is not finite; CheckpointError when the disk is full;

@@ -1,6 +1,4 @@
-"""Checkpoints of a run: written whole or not at all, and the newest whole one is what a resumed run
-loads.
-"""
+"""Checkpoints of a run: written whole or not at all. A resumed run loads the newest one."""
 
 import json
 import os
@@ -12,19 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from common.io.files import written_whole
+from common.io.files import sync, written_whole
 
 STATE = "trainer.json"
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written. The message says which one is intact and what to do."""
+    """A checkpoint that could not be written. The message says which one is intact."""
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint in a run folder; a half-written one has another name and is never
-    seen.
-    """
+    """The newest whole checkpoint in a run folder. A half-written one has another name."""
     return max(folder.glob("checkpoint-[0-9]*"), default=None)
 
 
@@ -34,11 +30,10 @@ def read_state(checkpoint: Path) -> dict:
 
 
 def save(accelerator, folder: Path, state: dict) -> None:
-    """Writes `checkpoint-<step>` (weights, optimiser, schedule, random states, `state`) and removes
-    the older ones.
+    """Writes `checkpoint-<step>` and removes the older ones. All processes take part.
 
-    All processes take part. It is written under another name, synced to disk, and renamed in one
-    step.
+    It holds weights, optimiser, schedule, random states and `state`. It is written under another
+    name, synced to disk, and renamed in one step.
     Raises: CheckpointError when the disk is full or the folder cannot be written; older ones are
         then intact.
     """
@@ -52,10 +47,7 @@ def save(accelerator, folder: Path, state: dict) -> None:
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             (partial / STATE).write_text(json.dumps(state), encoding="utf-8")
-            for path in partial.rglob("*"):  # FSDP writes folders of shards
-                if path.is_file():
-                    with open(path, "rb") as file:
-                        os.fsync(file.fileno())
+            sync(partial)
             shutil.rmtree(target, ignore_errors=True)
             os.replace(partial, target)
             for old in folder.glob("checkpoint-[0-9]*"):
@@ -63,18 +55,15 @@ def save(accelerator, folder: Path, state: dict) -> None:
                     shutil.rmtree(old, ignore_errors=True)
     except (
         Exception
-    ) as error:  # torch, safetensors and the system each have their own error for a full disk
+    ) as error:  # torch, safetensors and the system: each has its own for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        before = newest(folder)
-        intact = (
-            f"The one of step {read_state(before)['step']} is intact"
-            if before
-            else "There is none before it"
-        )
+        intact, free = "There is none before it", shutil.disk_usage(folder.parent).free / 1e9
+        if before := newest(folder):
+            intact = f"The one of step {read_state(before)['step']} is intact"
         raise CheckpointError(
-            f"The checkpoint of step {state['step']} was not written to {folder} ({type(error).__name__}: {error}). "
-            f"{intact}. "
-            f"{shutil.disk_usage(folder.parent).free / 1e9:.1f} GB are free: make room or set LAB_RUNS, then resume."
+            f"The checkpoint of step {state['step']} was not written to {folder} "
+            f"({type(error).__name__}: {error}). {intact}. {free:.1f} GB are free: make room or "
+            "set LAB_RUNS, then resume."
         ) from error
     accelerator.wait_for_everyone()
 
@@ -86,9 +75,7 @@ def remove(folder: Path) -> None:
 
 
 def whole(weight: torch.Tensor) -> torch.Tensor:
-    """A weight as it is or, of a sharded model, put together from all processes, which all take
-    part.
-    """
+    """A weight as it is or, of a sharded model, put together from all processes."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 

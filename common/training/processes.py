@@ -1,6 +1,4 @@
-"""Several processes that train one model: are they all there, do they agree, and what does each do
-of a step?
-"""
+"""Several processes that train one model: are they all there, and do they agree?"""
 
 import math
 import os
@@ -22,9 +20,7 @@ def place() -> tuple[int, int]:
 
 
 def of_main(value):
-    """What the first process passed, on every process. All take part; the value may be anything
-    that pickles.
-    """
+    """What the first process passed, on every process. All take part; the value must pickle."""
     if place()[1] == 1:
         return value
     values = [value]
@@ -44,16 +40,15 @@ def explained(error: Exception) -> str:
     """An error in words. Where a process lost another one, the network's words say little."""
     if isinstance(error, dist.DistError) or "/gloo/" in str(error):
         return (
-            "the connection to another process broke, most likely because that one ended: what it printed, or the "
-            "launcher's report, says why. The same command with --resume goes on from the newest checkpoint."
+            "the connection to another process broke, most likely because that one ended: what it "
+            "printed, or the launcher's report, says why. The same command with --resume goes on "
+            "from the newest checkpoint."
         )
     return str(error)
 
 
 def leave() -> None:
-    """Parts from the other processes at the end of a run that went well. After an error the
-    launcher ends them.
-    """
+    """Parts from the other processes after a run that went well. Else the launcher ends them."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -74,54 +69,56 @@ def is_sharded(accelerator) -> bool:
 
 
 def check_launch(accelerator) -> None:
-    """Raises LaunchError unless Accelerate sees the processes, and the sharding, that the launcher
-    was asked for.
-    """
+    """Raises LaunchError unless Accelerate sees the processes, and the sharding, asked for."""
     asked, found = int(os.environ.get("WORLD_SIZE") or 1), accelerator.num_processes
     if asked != found:
         raise LaunchError(
-            f"WORLD_SIZE is {asked}, but Accelerate sees {found} process{'es' if found > 1 else ''}: they would not "
-            "train one model together. Start them with torchrun --nproc_per_node N -m common.training STAGE, or unset "
-            "WORLD_SIZE for a single process."
+            f"WORLD_SIZE is {asked}, but Accelerate sees {_named(found)}: they would not train one "
+            "model together. Start them with torchrun --nproc_per_node N -m common.training STAGE, "
+            "or unset WORLD_SIZE for a single process."
         )
     if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not is_sharded(accelerator):
         raise LaunchError(
-            "FSDP was asked for, but Accelerate shards over several GPUs only. Without them use torchrun, or "
-            "python -m common.training STAGE for one process."
+            "FSDP was asked for, but Accelerate shards over several GPUs only. Without them use "
+            "torchrun, or python -m common.training STAGE for one process."
         )
 
 
 def shares(processes: int, batch: int, micro_batch: int, rows: str, sharded: bool = False) -> str:
-    """How a step of so many rows is divided, in words. Args: `rows`: what they are called;
-    `sharded`: by FSDP.
+    """How a step of so many rows is divided, in words.
 
+    Args: `rows`: what they are called; `sharded`: by FSDP.
     Raises: LaunchError where a process would have none or, sharded, where not all have the same
         number: each forward pass then waits for the other processes.
     """
     if sharded and batch % processes:
         raise LaunchError(
-            f"Under FSDP, {batch} {rows} a step must be a multiple of the {processes} processes: --set batch_size=…"
+            f"Under FSDP, {batch} {rows} a step must be a multiple of the {processes} processes: "
+            "--set batch_size=…"
         )
     if batch < processes:
         raise LaunchError(
-            f"{batch} {rows} a step cannot be divided among {processes} processes. Raise batch_size "
-            f"(--set batch_size={processes}), use more data, or start fewer processes."
+            f"{batch} {rows} a step cannot be divided among {processes} processes. Raise "
+            f"batch_size (--set batch_size={processes}), use more data, or start fewer processes."
         )
     share = math.ceil(batch / processes)
     each = min(share, micro_batch)
     times = math.ceil(share / each)
-    said = f"{processes} process{'es' if processes > 1 else ''} × {{}}{each} {rows} per micro-batch × {times}"
+    micro_batches = f"{each} {rows} per micro-batch × {times}"
     if processes * each * times == batch:
-        return f"{said.format('')} = {batch} {rows} a step"
-    return f"{said.format('at most ')}, {batch} {rows} a step in all"
+        return f"{_named(processes)} × {micro_batches} = {batch} {rows} a step"
+    return f"{_named(processes)} × at most {micro_batches}, {batch} {rows} a step in all"
+
+
+def _named(processes: int) -> str:
+    return f"{processes} process{'es' if processes > 1 else ''}"
 
 
 def check_same(fingerprint: str) -> None:
-    """Raises LaunchError where this process has other settings, data, code or packages than the
-    first one.
-    """
+    """Raises LaunchError where this process has other settings, data or code than the first."""
     if of_main(fingerprint) != fingerprint:
         raise LaunchError(
-            f"Process {place()[0]} has other settings, data, code or package versions than process 0. Every machine "
-            "needs the same copy of this folder, and LAB_RUNS on a disk that they share."
+            f"Process {place()[0]} has other settings, data, code or package versions than process "
+            "0. Every machine needs the same copy of this folder, and LAB_RUNS on a disk that they "
+            "share."
         )

@@ -31,13 +31,9 @@ def signs_of_over_optimisation(metrics: list[dict]) -> list[str]:
             signs.append(
                 f"The loss falls but the held-out NLL rises to {now['held_out_nll']:.3f}: {remedy}."
             )
-        if (
-            falling
-            and now.get("held_out_win_rate", 1.0) < before.get("held_out_win_rate", 0.0) - 0.05
-        ):
-            signs.append(
-                f"The loss falls but the win rate falls to {now['held_out_win_rate']:.2f}: {remedy}."
-            )
+        rate, rate_before = (row.get("held_out_win_rate") for row in (now, before))
+        if falling and None not in (rate, rate_before) and rate < rate_before - 0.05:
+            signs.append(f"The loss falls but the win rate falls to {rate:.2f}: {remedy}.")
     return signs
 
 

@@ -77,7 +77,7 @@ class Trainer:
             print(f"{self.task.name}: {text}")
 
     def choose_path(self) -> None:
-        """Takes the recipe's path to the log-probabilities, if the model gives right values on it."""
+        """Takes the recipe's path to log-probabilities, if the model gives right values on it."""
         self.path = "simple"
         if self.recipe.path == "packed" and self.task.method != "reward":
             sides = self.task.sides
@@ -115,7 +115,7 @@ class Trainer:
             return response_logps(reference, batch)
 
     def cache_reference(self) -> None:
-        """Computes the reference's log-probabilities of all rows once, and lets the reference go."""
+        """Computes the reference's log-probabilities of all rows once, and lets it go."""
         show = self.accelerator.is_main_process
         with self.as_reference() as model:
             columns, cost = reference_columns(self.task, model, self.path, show)
@@ -191,7 +191,7 @@ class Trainer:
         return values
 
     def step(self, rows: list[dict], values: dict[str, float]) -> dict[str, float]:
-        """Clips the gradients and takes the optimiser's step. Returns: the step's row of metrics."""
+        """Clips the gradients and takes the optimiser's step. Returns: its row of metrics."""
         self.accelerator.clip_grad_norm_(self.policy.parameters(), self.recipe.clip)
         lr = self.optimizer.param_groups[0]["lr"]
         self.optimizer.step()
