@@ -11,7 +11,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN grep -E '^(torch|transformers|accelerate|fastapi|uvicorn|httpx|prometheus-client|openai)==' requirements.txt \
       > serving.txt && pip install --no-cache-dir -r serving.txt
-COPY deploy ./deploy
+COPY deploy/serving ./deploy/serving
 RUN useradd --create-home server && mkdir /store && chown server /store
 USER server
 ENV HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1

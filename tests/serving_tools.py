@@ -85,7 +85,8 @@ class FakeEngine:
                     yield 'data: {"error": "out of memory"}\n\n'
                 if at == 2 and self.fault == "nonsense":
                     yield "data: <html>\n\n"
-                yield f"data: {json.dumps({'choices': [{'delta': {'content': word}, 'index': 0}]})}\n\n"
+                piece = {"choices": [{"delta": {"content": word}, "index": 0}]}
+                yield f"data: {json.dumps(piece)}\n\n"
             else:
                 usage = {
                     "prompt_tokens": 7,

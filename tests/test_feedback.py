@@ -6,34 +6,26 @@ import pytest
 from tiny import micro_profile
 
 from common.evaluation import Answer, WinRate
+from common.io.formats import messages_of
 from common.lab import Lab
 from common.models import new_tiny_model
 from common.training import train
+from deploy.drift import alarms, drift_limits, signals
 from deploy.feedback import (
     RulePeople,
-    alarms,
     balanced,
     decide,
-    drift_limits,
-    messages_of,
     next_round,
     pairs_in_process,
-    signals,
+    preference_pairs,
     user_prompts,
 )
-from deploy.serving.prompts import prompt_text
-from deploy.serving.reports import preference_pairs
 from deploy.serving.store import Store
 
 
 @pytest.fixture(scope="module")
 def lab():
     return Lab(micro_profile(), seed=44)
-
-
-def test_messages_write_the_same_prompt_again(lab):
-    assert any(prompt.count("Human:") > 1 for prompt in lab.prompts)
-    assert all(prompt_text(messages_of(prompt)) == prompt for prompt in lab.prompts)
 
 
 def test_no_evaluation_prompt_is_among_the_users(lab):

@@ -13,11 +13,14 @@ import pytest
 from serving_tools import save_chat_model
 from transformers import AutoTokenizer
 
+from common.io.formats import dialogue
 from common.models import CHAT_TEMPLATE
-from deploy.serving.__main__ import gateway_of, main, named, parse
-from deploy.serving.engine import Engine
+from deploy.serving.__main__ import _parse, gateway_of, main, named
+from deploy.serving.chat import ChatRequest
+from deploy.serving.folders import check_folder
 from deploy.serving.limits import Limits, RateLimit, Refusal, Slots, caller, is_loopback, read_keys
-from deploy.serving.prompts import PromptFormat, check_folder, prompt_text
+from deploy.serving.own_engine import OwnEngine
+from deploy.serving.prompts import PromptFormat
 from deploy.serving.start import serving
 from deploy.serving.worker import batching_options
 
@@ -33,7 +36,7 @@ def model(tmp_path_factory):
 
 
 def options_of(model, tmp_path, *more):
-    return parse(["--model", str(model), "--store", str(tmp_path / "store.sqlite"), *more])
+    return _parse(["--model", str(model), "--store", str(tmp_path / "store.sqlite"), *more])
 
 
 def test_a_key_is_known_by_its_name_and_never_kept_itself():
@@ -195,14 +198,14 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_serve(tmp_path):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert (
-        "error: No model folder" in result.stderr
+        "is not a model folder" in result.stderr
         and "python -m common.training dpo" in result.stderr
     )
 
 
 def test_a_gateway_that_cannot_start_is_an_error_with_its_words(tmp_path):
     with (
-        pytest.raises(RuntimeError, match="No model folder"),
+        pytest.raises(RuntimeError, match="not a model folder"),
         serving("--model", str(tmp_path / "none")),
     ):
         pass
@@ -236,26 +239,19 @@ def test_an_engine_that_already_runs_keeps_its_model_s_name(tmp_path):
         "--store",
         str(tmp_path / "s.sqlite"),
     ]
-    gateway = gateway_of(parse(arguments))
+    gateway = gateway_of(_parse(arguments))
     assert gateway.weights == {"org/model": 2.0}
-    assert (
-        gateway.engines["org/model"].url == "http://127.0.0.1:9"
-        and not gateway.engines["org/model"].folder
-    )
+    engine = gateway.engines["org/model"]
+    assert engine.url == "http://127.0.0.1:9" and not isinstance(engine, OwnEngine)
     gateway.store.close()
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "Pickled weights are not served",
-        ),
-        (
-            lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"),
-            "Pickled weights are not served",
-        ),
+        (lambda f: (f / "pytorch_model.bin").write_text(""), "pickled files"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled files"),
+        (lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"), "no model.safe"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "Merge it"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
@@ -287,7 +283,7 @@ def test_the_prompt_is_the_course_s_own(model):
         ],
     ):
         wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert form.text(messages) == prompt_text(messages) == wanted
+        assert form.text(messages) == dialogue(messages) == wanted
         assert form.count(messages) == len(tokenizer(wanted)["input_ids"])
 
 
@@ -300,14 +296,11 @@ def test_a_template_cannot_reach_out_of_its_sandbox(model, tmp_path):
 
 
 def test_an_answer_without_a_limit_gets_what_fits(model):
-    engine, messages = (
-        Engine("dpo", Limits(max_tokens=300), model),
-        [{"role": "user", "content": "Hi"}],
-    )
-    request = type("Request", (), {"messages": messages, "max_tokens": None})()
+    engine = OwnEngine("dpo", Limits(max_tokens=300), model)
+    request = ChatRequest(messages=[{"role": "user", "content": "Hi"}])
     assert engine.room(request) == 300
     engine.format.context = 50
-    assert engine.room(request) == 50 - engine.format.count(messages)
+    assert engine.room(request) == 50 - engine.format.count(request.messages)
     asyncio.run(engine.client.aclose())
 
 
@@ -327,7 +320,8 @@ def test_the_gateway_imports_no_torch():
         if path.stem not in ("worker", "page")
     ]
     assert len(modules) > 8
-    code = f"import sys, {', '.join(f'deploy.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
+    imported = ", ".join(f"deploy.serving.{name}" for name in modules)
+    code = f"import sys, {imported}; print(sorted(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
@@ -336,11 +330,11 @@ def test_the_gateway_imports_no_torch():
 
 
 def test_the_dockerfile_runs_the_command_that_is_tested_here(model):
-    """Its entry point is read by the real command line, and it installs what the gateway imports."""
+    """The real command line reads its entry point; it installs what the gateway imports."""
     text = (ROOT / "Dockerfile").read_text()
     entry = json.loads(text.split("ENTRYPOINT ")[1].splitlines()[0])
     assert entry[:3] == ["python", "-m", "deploy.serving"]
-    options = parse([*entry[3:], "--model", str(model)])
+    options = _parse([*entry[3:], "--model", str(model)])
     assert (options.host, options.port) == ("0.0.0.0", 8000) and not options.log_prompts
     packages = text.split("'^(")[1].split(")==")[0].split("|")
     pinned = [

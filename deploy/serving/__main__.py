@@ -35,12 +35,12 @@ LIMITS = {  # fields of Limits that are options
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
     about = __doc__.split("\n\n")[0]
-    parser = argparse.ArgumentParser(
-        "python -m deploy.serving",
-        description=about,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add, days = parser.add_argument, "texts without the user's consent are removed after so long"
+    parser = argparse.ArgumentParser("python -m deploy.serving", description=about)
+    add = parser.add_argument
+
+    def setting(name: str, default, text: str) -> None:
+        add(name, type=type(default), default=default, help=f"{text} (default: %(default)s)")
+
     add(
         "--model",
         action="append",
@@ -58,18 +58,18 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "http://127.0.0.1:8001; once, or once per --model. Its key, if any, is read from "
         "LAB_ENGINE_KEY. Default: one of our own per folder",
     )
-    add("--host", default="127.0.0.1", help="another one needs LAB_API_KEYS")
-    add("--port", type=int, default=8000, help="0 for a free one")
-    add("--store", type=Path, default=Path("runs/serving.sqlite"), help="SQLite file")
-    add("--store-megabytes", type=int, default=2000, help="its largest size")
-    add("--retention-days", type=float, default=30.0, help=days)
-    add("--experiment", default="default", help="of the A/B test: a new name assigns users anew")
-    add("--temperature", type=float, default=0.0, help="of requests that name none; 0 is greedy")
+    days = "texts without the user's consent are removed after so long"
+    setting("--host", "127.0.0.1", "another one needs LAB_API_KEYS")
+    setting("--port", 8000, "0 for a free one")
+    setting("--store", Path("runs/serving.sqlite"), "SQLite file")
+    setting("--store-megabytes", 2000, "its largest size")
+    setting("--retention-days", 30.0, days)
+    setting("--experiment", "default", "of the A/B test: a new name assigns users anew")
+    setting("--temperature", 0.0, "of requests that name none; 0 is greedy")
     own = "our own engine answers one by one, at each request's temperature"
     add("--no-batching", action="store_true", help=own)
     for name, text in LIMITS.items():
-        value = getattr(Limits, name)
-        add(f"--{name.replace('_', '-')}", type=type(value), default=value, help=text)
+        setting(f"--{name.replace('_', '-')}", getattr(Limits, name), text)
     add("--log-prompts", action="store_true", help="write prompts and answers to the log")
     add("--end-with-parent", action="store_true", help="shut down when standard input closes")
     return parser.parse_args(arguments)

@@ -1,5 +1,4 @@
-"""A small chat page with thumbs in front of a gateway: `python -m deploy.serving.page --gateway URL
---port N`.
+"""A chat page with thumbs for a gateway: `python -m deploy.serving.page --gateway URL --port N`.
 
 It runs as a process of its own, listens on this machine only, and reports to nobody.
 """
