@@ -37,9 +37,8 @@ def two_shares(up_a: int, n_a: int, up_b: int, n_b: int) -> TwoShares:
     Raises: ValueError for an arm without votes, or more thumbs up than votes.
     """
     if min(n_a, n_b) < 1 or not (0 <= up_a <= n_a and 0 <= up_b <= n_b):
-        raise ValueError(
-            f"Each arm needs votes, and no more thumbs up than votes: {up_a}/{n_a}, {up_b}/{n_b}."
-        )
+        counts = f"{up_a}/{n_a}, {up_b}/{n_b}"
+        raise ValueError(f"Each arm needs votes, and no more thumbs up than votes: {counts}.")
     a, b = up_a / n_a, up_b / n_b
     low_a, high_a = binomtest(up_a, n_a).proportion_ci(method="wilson")
     low_b, high_b = binomtest(up_b, n_b).proportion_ci(method="wilson")

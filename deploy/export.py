@@ -3,6 +3,7 @@ a model card.
 """
 
 import json
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -54,9 +55,8 @@ def full_precision(lab: Lab, stage: str, sweep: str | None = None):
     """
     lab.lineage(stage, sweep)
     options = {"device": "cpu", "dtype": models.device_dtype()} if lab.profile.four_bit else {}
-    return models.load_model(
-        lab.source(stage, sweep), replace(lab.profile, four_bit=False), **options
-    ).eval()
+    profile = replace(lab.profile, four_bit=False)
+    return models.load_model(lab.source(stage, sweep), profile, **options).eval()
 
 
 def export(lab: Lab, stage: str, folder: Path, sweep: str | None = None) -> Path:
@@ -69,9 +69,8 @@ def export(lab: Lab, stage: str, folder: Path, sweep: str | None = None) -> Path
     """
     folder, model = Path(folder), full_precision(lab, stage, sweep)
     if folder.exists() and any(folder.iterdir()) and not (folder / "export.json").exists():
-        raise ExportError(
-            f"{folder} holds files that no export made. Name a folder that is new or empty."
-        )
+        said = f"{folder} holds files that no export made."
+        raise ExportError(f"{said} Name a folder that is new or empty.")
     tokenizer = models.load_tokenizer(lab.source(stage, sweep))
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
@@ -144,9 +143,8 @@ def verify_export(
         "prompts": len(answers),
     }
     if not found["max_logit_difference"] <= TOLERANCE or found["greedy_equal"] < found["prompts"]:
-        raise ExportError(
-            f"{folder} is not the trained {sweep or stage}: {found}. Export it again."
-        )
+        said = f"{folder} is not the trained {sweep or stage}: {found}."
+        raise ExportError(f"{said} Export it again.")
     return found
 
 
@@ -186,13 +184,13 @@ A language model aligned with human preferences in the `{stage}` stage of a cour
 ## Licence and data
 
 - Weights start from: {model} ({model_licence})
-- Data: {data} ({data_licence}), {rows} rows
+- Data: {data} ({data_licence}), {record[n_pairs]} rows
 - `unknown` means: nobody looked it up yet. Do so before you publish.
 
 ## Training
 
-- Parent: {parent}; reference: {reference}; fingerprint {fingerprint}
-- {steps} steps, {tokens} tokens, {seconds:.0f} s on {device}
+- Parent: {record[parent]}; reference: {record[reference]}; fingerprint {record[fingerprint]}
+- {record[steps]} steps, {record[train_tokens]} tokens, {seconds:.0f} s on {record[device]}
 - Settings: {settings}
 - Versions: {versions}
 
@@ -259,14 +257,8 @@ def model_card(lab: Lab, stage: str, sweep: str | None = None) -> str:
         model_licence=licences[0],
         data=data,
         data_licence=licences[1],
-        rows=record.get("n_pairs", "unknown"),
-        parent=record.get("parent"),
-        reference=record.get("reference"),
-        fingerprint=record.get("fingerprint", "none"),
-        steps=record.get("steps", 0),
-        tokens=record.get("train_tokens", 0),
+        record=defaultdict(lambda: "unknown", record),
         seconds=record.get("wall_seconds", 0),
-        device=record.get("device", "unknown"),
         settings=", ".join(f"{name} {recipe[name]}" for name in SETTINGS if name in recipe),
         versions=", ".join(f"{name} {number}" for name, number in versions.items()),
         scores="\n".join(table),

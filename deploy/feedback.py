@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
-from datasets import Dataset
 
 from common.comparison import measure
 from common.data import load_pairs
@@ -72,15 +71,8 @@ def ask(
                 first = first or time.perf_counter() - start
                 text += piece
         seconds = time.perf_counter() - start
-        return {
-            "id": chunk.id,
-            "user": user,
-            "prompt": prompt,
-            "text": text,
-            "model": chunk.model,
-            "seconds": seconds,
-            "first_token_seconds": first or seconds,
-        }
+        reply = {"id": chunk.id, "user": user, "prompt": prompt, "text": text, "model": chunk.model}
+        return reply | {"seconds": seconds, "first_token_seconds": first or seconds}
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, requests))
@@ -186,11 +178,8 @@ def balanced(pairs: list[dict], per_question: int = 2, seed: int = 0) -> list[di
     for pair in pairs:
         by_question[pair["prompt"]].append(pair)
     draw = random.Random(seed)
-    return [
-        pair
-        for rows in by_question.values()
-        for pair in draw.sample(rows, min(per_question, len(rows)))
-    ]
+    kept = [draw.sample(rows, min(per_question, len(rows))) for rows in by_question.values()]
+    return [pair for pairs in kept for pair in pairs]
 
 
 # The next round.
@@ -201,8 +190,7 @@ def next_round(lab: Lab, stage: str, pairs: list[dict], sweep: str = "round-2", 
 
     Raises: DataError for no pair; MissingRun where `stage` was not trained.
     """
-    clean, _ = load_pairs(Dataset.from_list(pairs).to_list() if pairs else [])
-    source = Source(parent=stage, reference=stage, pairs=clean)
+    source = Source(parent=stage, reference=stage, pairs=load_pairs(pairs)[0])
     return train(lab, "dpo", sweep, source, **{"evaluations": 1, **changes})
 
 
@@ -266,6 +254,5 @@ def decide(rate: WinRate, before: dict, after: dict) -> Decision:
     notes = (f"not guarded, since not measured: {', '.join(skipped)}",) if skipped else ()
     if broken or high < 0.5:
         return Decision("roll back", (said, *broken, *notes))
-    return Decision(
-        "promote" if low > 0.5 else "keep the old one", (said, "no guard is broken", *notes)
-    )
+    action = "promote" if low > 0.5 else "keep the old one"
+    return Decision(action, (said, "no guard is broken", *notes))

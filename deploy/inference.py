@@ -43,13 +43,7 @@ class Stopwatch(BaseStreamer):
 
 
 def speed(
-    model,
-    tokenizer,
-    prompts: list[str],
-    new_tokens: int,
-    batch: int = 1,
-    use_cache: bool = True,
-    runs: int = 5,
+    model, tokenizer, prompts: list[str], new_tokens: int, batch=1, use_cache=True, runs=5
 ) -> Speed:
     """Measures greedy generation of exactly `new_tokens` per row (EOS is ignored): every setting
     does equal work.
@@ -60,10 +54,8 @@ def speed(
     """
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
     if runs < 1 or max(map(len, tokenizer(prompts)["input_ids"])) + new_tokens > context:
-        raise ValueError(
-            f"At least one run is needed, and prompts with {new_tokens} new tokens within "
-            f"{context}."
-        )
+        said = f"prompts with {new_tokens} new tokens within {context}."
+        raise ValueError(f"At least one run is needed, and {said}")
     firsts, latencies, end = [], [], tokenizer.eos_token_id
     for run in range(runs + 1):
         chosen = [prompts[(run * batch + i) % len(prompts)] for i in range(batch)]
@@ -130,9 +122,8 @@ def continuous_batches(
     done = model.generate_batch(ids, **options, warmup=False)
     seconds = time.perf_counter() - start
     if len(done) < len(ids) or any(answer.error for answer in done.values()):
-        raise RuntimeError(
-            f"Continuous batching answered {len(done)} of {len(ids)} prompts, or failed on some."
-        )
+        said = f"answered {len(done)} of {len(ids)} prompts, or failed on some."
+        raise RuntimeError(f"Continuous batching {said}")
     numbered = sorted(done.items(), key=lambda item: int(item[0].rsplit("_", 1)[1]))
     return [list(answer.generated_tokens) for _, answer in numbered], seconds
 

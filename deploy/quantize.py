@@ -28,7 +28,7 @@ from deploy.export import load_exported
 from deploy.inference import speed
 
 INPUTS = ("input_ids", "attention_mask", "position_ids", "keep")  # of a model written as ONNX
-VARIANTS = ("float32", "bfloat16", "bnb-int8", "bnb-nf4", "onnx-float32", "onnx-int8")
+PRECISIONS = ("float32", "bfloat16", "bnb-int8", "bnb-nf4", "onnx-float32", "onnx-int8")
 
 
 class QuantizeError(RuntimeError):
@@ -36,7 +36,7 @@ class QuantizeError(RuntimeError):
 
 
 @dataclass
-class Variant:
+class ModelVariant:
     """One way to keep and run the weights. `use_cache`: does it keep keys and values of the tokens
     read so far?
     """
@@ -77,9 +77,7 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(
-        self, input_ids, attention_mask=None, logits_to_keep: int = 0, **_
-    ) -> CausalLMOutput:
+    def forward(self, input_ids, attention_mask=None, logits_to_keep: int = 0, **_):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         places = (mask.cumsum(1) - 1).clamp(min=0)
         keep = torch.arange(input_ids.shape[1])[-logits_to_keep:]
@@ -169,7 +167,7 @@ def _save(loaded: tuple, folder: Path) -> None:
             part.save_pretrained(scratch)
 
 
-def _onnx(name: str, source: Path, folder: Path) -> Variant:
+def _onnx(name: str, source: Path, folder: Path) -> ModelVariant:
     import onnx
 
     if not (folder / "onnx").exists():
@@ -184,10 +182,10 @@ def _onnx(name: str, source: Path, folder: Path) -> Variant:
     share = sum(n for n, each in counts if each == 1) / total
     model = OnnxModel(load_exported(source)[0].config, path).eval()
     files = _size(path.parent, path.name, path.name + ".data")
-    return Variant(name, model, files, size, share, use_cache=False)
+    return ModelVariant(name, model, files, size, share, use_cache=False)
 
 
-def _bitsandbytes(name: str, source: Path, folder: Path) -> Variant:
+def _bitsandbytes(name: str, source: Path, folder: Path) -> ModelVariant:
     """Rounded while loading, saved before the first forward pass, and loaded again from there.
 
     On CPUs with AVX512-BF16 a 4-bit layer repacks its weights in its first forward pass: what is
@@ -209,16 +207,18 @@ def _bitsandbytes(name: str, source: Path, folder: Path) -> Variant:
             del weights[id(layer.weight)]  # two weights of 4 bits count as one of 8
             rounded += layer.in_features * layer.out_features
     share = rounded / (rounded + sum(weights.values()))
-    return Variant(name, model, _size(path, "*.safetensors"), weight_bytes(model), share)
+    return ModelVariant(name, model, _size(path, "*.safetensors"), weight_bytes(model), share)
 
 
-def _plain(name: str, source: Path, folder: Path) -> Variant:
+def _plain(name: str, source: Path, folder: Path) -> ModelVariant:
     dtype, rounded = getattr(torch, name), name != "float32"
     path = folder / name if rounded else source
     if not path.exists():
         _save(load_exported(source, dtype=dtype), path)
     model = load_exported(path, dtype=dtype)[0].to("cuda" if torch.cuda.is_available() else "cpu")
-    return Variant(name, model, _size(path, "*.safetensors"), weight_bytes(model), float(rounded))
+    return ModelVariant(
+        name, model, _size(path, "*.safetensors"), weight_bytes(model), float(rounded)
+    )
 
 
 def weight_bytes(model) -> int:
@@ -239,25 +239,24 @@ def weight_bytes(model) -> int:
     return sum(seen.values())
 
 
-def build(name: str, source: Path, folder: Path) -> Variant:
+def build(name: str, source: Path, folder: Path) -> ModelVariant:
     """A variant of the export at `source`, kept in `folder`. Remove `folder` when the export
     changes.
 
     Raises: ValueError for an unknown name; QuantizeError where this machine cannot make or run it.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"Unknown variant {name!r}. Choose one of: {', '.join(VARIANTS)}.")
+    if name not in PRECISIONS:
+        raise ValueError(f"Unknown variant {name!r}. Choose one of: {', '.join(PRECISIONS)}.")
     make = _onnx if name.startswith("onnx") else _bitsandbytes if name.startswith("bnb") else _plain
     try:
         return make(name, Path(source), Path(folder))
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        raise QuantizeError(
-            f"{name} cannot be made here: {type(error).__name__}: {error}"
-        ) from error
+        said = f"{type(error).__name__}: {error}"
+        raise QuantizeError(f"{name} cannot be made here: {said}") from error
 
 
 def measure_variants(
-    lab: Lab, variants: Iterable[Variant], judge: Judge, batch: int = 8, new_tokens: int = 32
+    lab: Lab, variants: Iterable[ModelVariant], judge: Judge, batch: int = 8, new_tokens: int = 32
 ) -> dict:
     """Every variant against the first, which is the one in full precision. An iterator is taken one
     at a time.

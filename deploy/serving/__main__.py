@@ -136,16 +136,10 @@ def gateway_of(options: argparse.Namespace) -> Gateway:
             engine = OwnEngine(name, limits, folder, batching, options.temperature)
         engines[engine.name], weights[engine.name] = engine, weight
     choose_arm("anybody", weights)  # refuses weights that are no shares
-    return Gateway(
-        engines,
-        weights,
-        Store(options.store, options.store_megabytes * 1_000_000),
-        keys,
-        limits,
-        options.experiment,
-        options.retention_days,
-        options.log_prompts,
-    )
+    store = Store(options.store, options.store_megabytes * 1_000_000)
+    gateway = Gateway(engines, weights, store, keys, limits, options.experiment)
+    gateway.retention_days, gateway.log_prompts = options.retention_days, options.log_prompts
+    return gateway
 
 
 def _end_with_parent() -> None:

@@ -32,13 +32,7 @@ class EventStream(StreamingResponse):
     One that stays but does not read is cut off after `seconds`: it must not hold a place for ever.
     """
 
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        source: AsyncIterator[str],
-        headers: dict,
-        seconds: float,
-    ):
+    def __init__(self, events: AsyncIterator, source: AsyncIterator, headers: dict, seconds: float):
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.source, self.seconds = source, seconds
 
@@ -233,19 +227,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """The app of one gateway."""
+    handlers = {ClientGone: client_gone, HTTPException: http_error, Exception: failed}
     app = FastAPI(
         title="Gateway",
         lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
         telemetry={"tracing": False, "metrics": False},
-        exception_handlers={
-            Refusal: refused,
-            ClientGone: client_gone,
-            HTTPException: http_error,
-            Exception: failed,
-        },
+        exception_handlers={Refusal: refused, **handlers},
+        **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),  # none of FastAPI's own pages
     )
     app.state.gateway = gateway
     app.include_router(router)

@@ -3,17 +3,7 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    field_validator,
-    with_config,
-)
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypedDict  # pydantic needs this one before Python 3.12
 
@@ -48,9 +38,20 @@ def _only(neutral):
     return Annotated[Any, AfterValidator(check)]
 
 
-@with_config(ConfigDict(strict=True))
+def _within_limit(tokens: int | None, info) -> int | None:
+    most = info.context or 2**63
+    if tokens is not None and not 1 <= tokens <= most:
+        raise ValueError(f"Input should be from 1 to {most}")
+    return tokens
+
+
+Tokens = Annotated[int | None, AfterValidator(_within_limit)]
+
+
 class Message(TypedDict):
     """One turn of a talk. Other keys, such as a name, are dropped."""
+
+    __pydantic_config__ = ConfigDict(strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_join_parts)]
@@ -65,8 +66,8 @@ class ChatRequest(BaseModel):
     model: str | None = None
     stream: bool | None = None
     stream_options: dict | None = None
-    max_completion_tokens: int | None = None
-    max_tokens: int | None = None  # the older name of max_completion_tokens
+    max_completion_tokens: Tokens = None
+    max_tokens: Tokens = None  # the older name of max_completion_tokens
     safety_identifier: str | None = None
     user: str | None = None  # the older name of safety_identifier
     temperature: float | None = Field(None, ge=0, le=2)
@@ -93,14 +94,6 @@ class ChatRequest(BaseModel):
     tool_choice: _only("none") = None
     response_format: _only({"type": "text"}) = None
     modalities: _only(["text"]) = None
-
-    @field_validator("max_tokens", "max_completion_tokens")
-    @classmethod
-    def _within_limit(cls, value: int | None, info: ValidationInfo) -> int | None:
-        most = info.context or 2**63
-        if value is not None and not 1 <= value <= most:
-            raise ValueError(f"Input should be from 1 to {most}")
-        return value
 
     @property
     def tokens(self) -> int | None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 PICKLED = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle"}
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json")
 CONFIGS = ("config.json", "tokenizer_config.json", "processor_config.json")
 
 
@@ -36,7 +36,7 @@ def check_folder(folder: Path) -> None:
         )
     elif missing := [name for name in ("config.json", "tokenizer.json") if name not in files]:
         advice = f"It has no {' and no '.join(missing)}. Save model and tokenizer together."
-    elif files.isdisjoint(WEIGHTS):
+    elif files.isdisjoint(WEIGHT_FILES):
         advice = "It has no model.safetensors. Save the model again."
     elif coded := [name for name in CONFIGS if "auto_map" in read_settings(folder / name)]:
         advice = f"{coded[0]} asks for remote code (auto_map). Read that code, then convert."

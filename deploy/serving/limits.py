@@ -11,25 +11,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 SHORTEST_KEY = 16  # characters
-KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Refusal(Exception):
-    """A request answered with an error. `body` is OpenAI's error JSON; `retry_after` is in whole
-    seconds.
+    """A request answered with an error. `body` is OpenAI's error JSON, `param` names the parameter,
+    `retry_after` is in whole seconds.
     """
 
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        param: str | None = None,
-        retry_after: int | None = None,
-    ):
+    def __init__(self, status: int, code: str, message: str, param=None, retry_after=None):
         super().__init__(message)
         self.status, self.code, self.retry_after = status, code, retry_after
-        kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+        kind = ERROR_KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.headers = {"retry-after": str(retry_after)} if retry_after is not None else {}
 

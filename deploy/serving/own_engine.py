@@ -34,14 +34,7 @@ class OwnEngine(Engine):
 
     trust_env = False  # it is on this machine
 
-    def __init__(
-        self,
-        name: str,
-        limits: Limits,
-        folder: Path,
-        batching: bool = True,
-        temperature: float = 0.0,
-    ):
+    def __init__(self, name: str, limits: Limits, folder: Path, batching=True, temperature=0.0):
         super().__init__(name, limits)
         self.folder, self.batching, self.temperature = folder, batching, temperature
         self.format = PromptFormat(folder)

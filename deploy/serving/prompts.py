@@ -24,12 +24,9 @@ class PromptFormat:
         self.context: int | None = next((config[name] for name in names if config.get(name)), None)
         self.generation = read_settings(folder / "generation_config.json")
         settings = read_settings(folder / "tokenizer_config.json")
-        template = folder / "chat_template.jinja"
-        source = (
-            template.read_text(encoding="utf-8")
-            if template.exists()
-            else settings.get("chat_template")
-        )
+        source, template = settings.get("chat_template"), folder / "chat_template.jinja"
+        if template.exists():
+            source = template.read_text(encoding="utf-8")
         if not isinstance(source, str):
             raise FolderError(f"{folder} has no chat template. Save its tokenizer with one.")
         self.special = {

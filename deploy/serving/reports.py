@@ -16,12 +16,10 @@ LATEST = "SELECT * FROM feedback WHERE id IN (SELECT MAX(id) FROM feedback GROUP
 def rows(path: Path, query: str, *values) -> Iterator[dict]:
     """Rows of a query on the store, which is opened for reading only. Raises: FileNotFoundError."""
     if not Path(path).exists():
-        raise FileNotFoundError(
-            f"No store at {path}. Start the gateway with --store {path}, and ask it something."
-        )
-    with closing(
-        sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, timeout=5)
-    ) as connection:
+        advice = f"Start the gateway with --store {path}, and ask it something."
+        raise FileNotFoundError(f"No store at {path}. {advice}")
+    address = f"{Path(path).resolve().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=5)) as connection:
         connection.row_factory = sqlite3.Row
         yield from (dict(row) for row in connection.execute(query, values))
 
@@ -38,10 +36,9 @@ def answers(path: Path, experiment: str = "default") -> list[dict]:
         "WHERE status = 200 AND experiment = ? ORDER BY requests.created, requests.id"
     )
     found = list(rows(path, query, experiment))
-    return [
-        row | {"messages": json.loads(row["messages"]) if row["messages"] else None}
-        for row in found
-    ]
+    for row in found:
+        row["messages"] = json.loads(row["messages"]) if row["messages"] else None
+    return found
 
 
 def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:

@@ -72,12 +72,12 @@ def serving(
     """
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         log = Path(folder) / "gateway.log"
-        ours = [] if "--port" in options else ["--port", "0"]
-        ours += [] if "--store" in options else ["--store", str(Path(folder) / "serving.sqlite")]
+        # Of an option that is given twice, the last one counts.
+        ours = ["--port", "0", "--store", f"{folder}/serving.sqlite", "--end-with-parent"]
         paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.serving", "--end-with-parent", *ours, *options],
+                [sys.executable, "-m", "deploy.serving", *ours, *options],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,

@@ -172,10 +172,6 @@ class Store:
 
     def close(self) -> None:
         """Writes what waits, and closes the file."""
-
-        def work() -> None:
-            self.quick.close()
-            self.safe.close()
-
-        self.thread.submit(work).result()
+        for connection in (self.quick, self.safe):
+            self.thread.submit(connection.close).result()
         self.thread.shutdown()
