@@ -89,14 +89,11 @@ def load_tokenizer(source: str | Path):
     Raises: ModelError, also for one without an end token or without character offsets.
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, str(source))
-    lacks = "has no end token (EOS)" if tokenizer.eos_token_id is None else ""
+    name = f"The tokenizer of {str(source)!r}"
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name} has no end token (EOS): name another LAB_MODEL.")
     if not tokenizer.is_fast:
-        lacks = "gives no character offsets (it is a slow one)"
-    if lacks:
-        raise ModelError(
-            f"The tokenizer of {str(source)!r} {lacks}, which training needs: "
-            "name another LAB_MODEL."
-        )
+        raise ModelError(f"{name} gives no character offsets (it is slow): name another LAB_MODEL.")
     if tokenizer.pad_token is None:  # masks come from lengths, so EOS is still scored
         tokenizer.pad_token = tokenizer.eos_token
     tokenizer.chat_template = CHAT_TEMPLATE
@@ -113,9 +110,7 @@ def tiny_config(profile: Profile, vocabulary: int, **token_ids: int) -> GPT2Conf
         n_layer=profile.layers,
         n_head=profile.heads,
         activation_function="gelu_pytorch_tanh",
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
+        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **token_ids,
     )
 
@@ -144,7 +139,7 @@ def four_bit_settings(compute: torch.dtype) -> BitsAndBytesConfig:
 
 
 def with_fused_gelu(config):
-    """The configuration, with GPT-2's "gelu_new" in its fused form: the same values, less memory."""
+    """The configuration, with GPT-2's "gelu_new" in its fused form: same values, less memory."""
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"
     return config
@@ -217,20 +212,18 @@ def load_model(
     kind = AutoModel if reward_head else AutoModelForCausalLM
     model = _from_hub(kind.from_pretrained, str(source), dtype=dtype, **options)
     model = without_repacking(model) if profile.four_bit else model.to(device)
-    if not reward_head:
-        return model
-    model, head = RewardModel(model), Path(source) / REWARD_HEAD
-    if head.exists():
-        model.head.load_state_dict(load_file(head))
+    if reward_head:
+        model = RewardModel(model)
+        if (head := Path(source) / REWARD_HEAD).exists():
+            model.head.load_state_dict(load_file(head))
     return model
 
 
 def without_repacking(model):
     """The 4-bit model itself, whose layers will not repack their weights.
 
-    On a CPU with AVX512-BF16 bitsandbytes repacks them in the first evaluation forward, and from
-    then on no gradient passes through the layer: training after an evaluation would be silently
-    wrong.
+    On a CPU with AVX512-BF16 bitsandbytes repacks them in the first evaluation forward. From then
+    on no gradient passes through the layer, and training is silently wrong.
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
@@ -239,9 +232,7 @@ def without_repacking(model):
 
 
 def check_fits(model, tokenizer, profile: Profile) -> None:
-    """Raises ModelError if the model has too few positions for the profile's max_length, or fewer
-    words than its tokenizer.
-    """
+    """Raises ModelError if the model has too few positions or too few words."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions and positions < profile.max_length:
         raise ModelError(
@@ -298,15 +289,13 @@ def add_lora(model, profile: Profile):
 def merge_lora(model, source: str | Path, profile: Profile):
     """A plain model with the adapter merged into weights that were never quantised.
 
-    A 4-bit model is not merged in place, since its weights are rounded to four bits: the base is
-    loaded again from `source`, and the adapter's weights are merged there. The sum is taken in
-    float32 and rounded once, to the precision from which the 4-bit loader quantises: bfloat16 on
-    most GPUs, half the memory and disk of float32.
+    The weights of a 4-bit model are rounded, so its base is loaded again from `source`, and the
+    adapter is merged there. The sum is taken in float32 and rounded once, to the precision from
+    which the 4-bit loader quantises: bfloat16 on most GPUs.
     """
     if isinstance(model, RewardModel):
-        merged = RewardModel(merge_lora(model.body, source, profile))
-        merged.head.load_state_dict(model.head.state_dict())
-        return merged
+        model.body = merge_lora(model.body, source, profile)
+        return model
     if not profile.four_bit:
         return model.merge_and_unload()
     from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict

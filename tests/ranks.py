@@ -37,7 +37,7 @@ def run(
 
     def step(self, *batch):
         if self.progress.step + 1 == last and int(os.environ["RANK"]) in processes:
-            Path(self.folder, "ended").write_text(str(time.time()))
+            Path(self.task.folder, "ended").write_text(str(time.time()))
             if how == "kill":
                 os.kill(os.getpid(), signal.SIGKILL)
             raise TrainingError("the test ends this process here")

@@ -19,11 +19,9 @@ from accelerate.utils import DistributedType
 from tiny import assert_same
 
 from common.io.files import read_metrics
-from common.training import checkpoints, processes
+from common.training import Source, checkpoints, processes
 from common.training import train as train_stage
-from common.training import trainer as loop
 from common.training.processes import LaunchError, shares
-from common.training.trainer import Trainer
 
 TESTS = Path(__file__).parent
 TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -307,7 +305,7 @@ def test_sharding_that_accelerate_does_not_do_is_refused(monkeypatch):
     ],
 )
 def test_a_trainer_is_refused_what_its_processes_cannot_do(
-    lab, tmp_path, monkeypatch, stage, kind, rows, said
+    lab, monkeypatch, stage, kind, rows, said
 ):
     """Four processes and a batch size of 8. Where there are fewer rows than that, they are the
     batch.
@@ -316,11 +314,10 @@ def test_a_trainer_is_refused_what_its_processes_cannot_do(
         num_processes=4, distributed_type=DistributedType[kind], is_main_process=True
     )
     monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setattr(loop, "Accelerator", lambda **options: world)
+    monkeypatch.setattr(processes, "Accelerator", lambda **options: world)
+    pairs = lab.data.train.select(range(rows))
     with pytest.raises(LaunchError, match=said):
-        Trainer(
-            lab, stage, lab.profile.recipes["dpo"], lab.train_pairs.to_list()[:rows], [], tmp_path
-        )
+        train_stage(lab, stage, sweep="refused", source=Source(pairs=pairs))
 
 
 def test_a_lost_connection_says_what_to_do():

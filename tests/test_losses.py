@@ -479,3 +479,25 @@ def test_without_rejected_answers_orpo_is_the_nll():
     loss, metrics = objective("orpo", recipe, PairLogps(chosen), None, pairs=2, tokens=5)
     assert_same(loss, 0.8)
     assert set(metrics) == {"nll", "logps_chosen"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("certain", ["chosen", "rejected", "both"])
+def test_a_certain_answer_has_finite_odds(dtype, certain):
+    """A mean log-probability of exactly 0 is p = 1, whose odds are infinite: it counts as 1 - 1e-12,
+    with log odds of ln(1e12) = 27.63. The loss and all gradients are finite; the gradient of the
+    certain side is 0. (Before: NaN or infinity.)
+    """
+    values = {side: 0.0 if certain in (side, "both") else -1.0 for side in ("chosen", "rejected")}
+    sides = {
+        side: torch.tensor([value], dtype=dtype, requires_grad=True)
+        for side, value in values.items()
+    }
+    loss = odds_ratio_loss(sides["chosen"], sides["rejected"])
+    loss.sum().backward()
+    odds = {0.0: math.log(1e12), -1.0: math.log(math.exp(-1) / (1 - math.exp(-1)))}
+    margin = odds[values["chosen"]] - odds[values["rejected"]]
+    assert_same(loss.item(), math.log1p(math.exp(-margin)), 1e-5)
+    for side, tensor in sides.items():
+        assert torch.isfinite(tensor.grad).all()
+        assert (tensor.grad == 0).all() == (values[side] == 0.0)

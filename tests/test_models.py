@@ -145,8 +145,21 @@ def test_a_reward_head_is_one_number_on_the_same_body(tmp_path, tokenizer):
     model = models.new_tiny_model(PROFILE, tokenizer)
     model.save_pretrained(tmp_path)
     reward = models.load_model(tmp_path, PROFILE, reward_head=True)
-    assert reward.score.weight.shape == (1, 16)
-    assert torch.equal(reward.transformer.wte.weight, model.transformer.wte.weight)
+    assert reward.head.weight.shape == (1, 16)
+    assert torch.equal(reward.body.wte.weight, model.transformer.wte.weight)
+
+
+def test_a_reward_is_read_at_the_last_token_of_each_row(tokenizer):
+    """Rows of 3 and 5 tokens: the unit times the hidden state of token 3 and of token 5. Padding
+    after the first row changes nothing, though it looks like EOS.
+    """
+    body = models.new_tiny_model(PROFILE, tokenizer).eval().transformer
+    reward, ids = models.RewardModel(body), torch.tensor([[5, 6, 0, 0, 0], [5, 6, 7, 8, 0]])
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    found = reward(ids, mask)
+    for row, end in ((0, 3), (1, 5)):
+        hidden = body(ids[row : row + 1, :end]).last_hidden_state[0, -1]
+        tiny.assert_same(found[row].detach(), (reward.head.weight[0] @ hidden).detach(), 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -203,7 +216,7 @@ def test_a_tokenizer_without_an_end_token_is_named(tmp_path):
     endless.eos_token = None
     endless.save_pretrained(tmp_path)
     with pytest.raises(
-        ModelError, match="has no end token .EOS., which training needs: name another LAB_MODEL"
+        ModelError, match="has no end token .EOS.: name another LAB_MODEL"
     ):
         models.load_tokenizer(tmp_path)
 
@@ -346,9 +359,7 @@ def test_the_head_of_a_reward_model_is_trained_beside_its_adapter(tmp_path, toke
     models.new_tiny_model(PROFILE, tokenizer).save_pretrained(tmp_path)
     model = models.add_lora(models.load_model(tmp_path, PROFILE, reward_head=True), PROFILE)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert [name for name in trained if "score" in name] and [
-        name for name in trained if "lora_" in name
-    ]
+    assert "head.weight" in trained and [name for name in trained if "lora_" in name]
 
 
 def test_a_frozen_copy_does_not_follow_the_model(tokenizer):

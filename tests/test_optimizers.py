@@ -1,10 +1,13 @@
 """Which optimiser a profile gets on which device."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from common.profiles import PROFILES
 from common.training.optimizers import new_optimizer
+from common.training.task import Task
 
 
 def built(name: str, device: str):
@@ -12,9 +15,10 @@ def built(name: str, device: str):
     the weight is.
     """
     profile = PROFILES[name]
-    return new_optimizer(
-        [torch.nn.Parameter(torch.ones(3))], profile.recipes["dpo"], profile, device
-    )
+    nowhere = Path("nowhere")
+    task = Task("dpo", "dpo", profile.recipes["dpo"], [], nowhere, nowhere)
+    task.optimizer = profile.optimizer
+    return new_optimizer([torch.nn.Parameter(torch.ones(3))], task, device)
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpt2"])

@@ -19,8 +19,7 @@ from common import models, training
 from common.lab import Lab
 from common.profiles import PROFILES
 from common.toyworld import World
-from common.training import checkpoints, train
-from common.training import trainer as loop
+from common.training import Session, checkpoints, processes, reference, train
 
 SIZES = {
     "hidden_size": 64,
@@ -89,7 +88,7 @@ def trained(request, source, tmp_path_factory):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        for module in (models, loop, runs, training):
+        for module in (models, processes, reference, runs, training):
             patch.setattr(module, "device_and_precision", lambda: ("cpu", request.param, "a test"))
         AcceleratorState._reset_state(
             reset_partial_state=True
@@ -177,20 +176,16 @@ def test_the_adapter_is_float32_whatever_the_base_is(source):
 @pytest.mark.parametrize(
     ("precision", "mixed"), [("float16", "fp16"), ("bfloat16", "bf16"), ("float32", "no")]
 )
-def test_a_4_bit_run_is_scaled_and_cast_as_any_other(
-    source, tmp_path, monkeypatch, precision, mixed
-):
+def test_a_4_bit_run_is_scaled_and_cast_as_any_other(monkeypatch, precision, mixed):
     """On a T4 (float16) Accelerate scales the loss. Accelerate itself refuses float16 on a CPU: it
     is stood in for.
     """
     asked = {}
-    monkeypatch.setattr(loop, "device_and_precision", lambda: ("cuda", precision, "a test"))
+    monkeypatch.setattr(processes, "device_and_precision", lambda: ("cuda", precision, "a test"))
     one = SimpleNamespace(num_processes=1, distributed_type="NO", is_main_process=False)
-    monkeypatch.setattr(loop, "Accelerator", lambda **settings: asked.update(settings) or one)
-    profile = small(*source)
-    rows = [{"prompt_ids": [1], "chosen_ids": [2], "rejected_ids": [3]}] * 8
-    loop.Trainer(Lab(profile), "dpo", profile.recipes["dpo"], rows, rows, tmp_path)
-    assert asked["mixed_precision"] == mixed
+    monkeypatch.setattr(processes, "Accelerator", lambda **settings: asked.update(settings) or one)
+    assert processes.new_accelerator() is one
+    assert asked == {"mixed_precision": mixed, "cpu": False}
 
 
 def test_an_evaluation_does_not_change_the_gradients(source):

@@ -6,6 +6,7 @@ import pytest
 
 from common.io.formats import DataError
 from common.lab import MissingRun
+from common.training import Session
 from common.training import __main__ as train
 from common.training.trainer import TrainingError
 
@@ -27,7 +28,7 @@ def test_a_stage_is_trained_with_the_defaults_of_its_profile(calls, capsys):
     assert train.main(["dpo"]) == 0
     [(lab, stage, settings)] = calls
     assert (lab.profile.name, lab.seed, stage) == ("smoke", 0, "dpo")
-    assert settings == {"sweep": None, "resume": False, "checkpoint_every": None}
+    assert settings == {"sweep": None, "session": Session(resume=False)}
     said = capsys.readouterr().out
     assert "loss" in said and "0.5000" in said and "saved in somewhere" in said
 
@@ -47,7 +48,7 @@ def test_options_reach_the_run(calls):
     train.main(["orpo_lora", *options])
     [(lab, stage, settings)] = calls
     assert (lab.profile.name, lab.seed, stage) == ("cpu", 3, "orpo_lora")
-    assert settings == {"sweep": "mine", "resume": True, "checkpoint_every": 7}
+    assert settings == {"sweep": "mine", "session": Session(True, 7)}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import tiny
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from tiny import assert_same
+from tiny import assert_same, make_trainer, take_step
 
 from common import lab as runs
 from common import models
@@ -29,10 +29,11 @@ from common.io.files import read_metrics
 from common.judges import RewardJudge
 from common.lab import BrokenLineage, Lab, MissingRun
 from common.profiles import PROFILES
+from common.training import Session, Source, checkpoints
 from common.training import __main__ as train
-from common.training import checkpoints
 from common.training import train as train_stage
 from common.training import trainer as loop
+from common.training.held_out import HeldOut
 from common.training.signs import signs_of_over_optimisation
 from common.training.trainer import Trainer, TrainingError
 
@@ -163,15 +164,13 @@ def test_train_tokens_of_pairs_count_the_prompt_on_both_sides(lab):
 def test_steps_visit_every_row_once_an_epoch_in_a_new_order(lab, tmp_path):
     trainer = make_trainer(lab, "dpo", tmp_path)  # 40 rows, 5 steps an epoch
     epochs = [
-        [row for step in range(start, start + 5) for row in trainer.step_rows(step)]
+        [row for step in range(start, start + 5) for row in trainer.row_numbers(step)]
         for start in (0, 5)
     ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(40))
     assert epochs[0] != epochs[1]
-    other = Trainer(
-        Lab(lab.profile, 1), "dpo", trainer.recipe, trainer.rows, trainer.held_out, tmp_path
-    )
-    assert other.step_rows(0) != trainer.step_rows(0)
+    other = make_trainer(lab, "dpo", tmp_path, seed=1)
+    assert other.row_numbers(0) != trainer.row_numbers(0)
 
 
 def test_the_learning_rate_warms_up_and_falls_to_nothing(lab, tmp_path):
@@ -266,13 +265,15 @@ def test_another_reference_shifts_the_start(lab):
 
 def test_dpo_through_lora_starts_at_ln_2_without_a_second_model(lab, monkeypatch):
     """A fresh adapter switched off is the reference. The finished model has plain, merged weights."""
-    built = []
-    build = Trainer.build
-    monkeypatch.setattr(
-        Trainer, "build", lambda self, *models: (built.append(models), build(self, *models))[1]
-    )
+    built, build = [], Trainer.__init__
+
+    def watched(self, task, accelerator, policy, reference, evaluate):
+        built.append(reference)
+        build(self, task, accelerator, policy, reference, evaluate)
+
+    monkeypatch.setattr(Trainer, "__init__", watched)
     run = train_stage(lab, "dpo_lora", nll_weight=0.0, lr=5e-3)
-    assert [reference for _, reference in built] == [None]
+    assert built == [None]
     assert_same(run.metrics[0]["held_out_loss"], LN2)
     assert_same(run.metrics[1]["loss"], LN2)
     assert run.metrics[-1]["held_out_loss"] != LN2
@@ -307,7 +308,7 @@ def test_the_nll_of_orpo_covers_the_prompt_where_the_recipe_says_so(lab, tmp_pat
     )
     parts = []
     with torch.no_grad():
-        for row in (trainer.rows[number] for number in trainer.step_rows(0)):
+        for row in (trainer.rows[number] for number in trainer.row_numbers(0)):
             prompt, chosen = tiny.naive_token_logps(
                 trainer.model, row["prompt_ids"], row["chosen_ids"]
             )
@@ -350,7 +351,7 @@ def test_a_reward_model_learns_pairs_that_are_easy_to_tell_apart(lab):
 def test_the_saved_reward_model_keeps_its_head(lab):
     run = train_stage(lab, "reward", sweep="head", epochs=0.4, evaluations=1)
     loaded = lab.load("reward", "head")
-    assert_same(loaded.score.weight.detach(), run.model.score.weight.detach())
+    assert_same(loaded.head.weight.detach(), run.model.head.weight.detach())
 
 
 def test_a_stage_without_its_parent_names_the_notebook(tmp_path, monkeypatch):
@@ -389,7 +390,7 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
     ("changed", "change"),
     [
         ("settings", lambda lab, patch: {"lr": 1e-5}),
-        ("data", lambda lab, patch: {"pairs": lab.data.train.select(range(30))}),
+        ("data", lambda lab, patch: {"source": Source(pairs=lab.data.train.select(range(30)))}),
         (
             "source",
             lambda lab, patch: patch.setattr(runs, "source_digest", lambda: "another") or {},
@@ -398,8 +399,8 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
             "versions",
             lambda lab, patch: patch.setattr(runs, "versions", lambda: {"torch": "3"}) or {},
         ),
-        ("parent", lambda lab, patch: {"parent": "base", "reference": "sft"}),
-        ("reference", lambda lab, patch: {"reference": "base"}),
+        ("parent", lambda lab, patch: {"source": Source("base", "sft")}),
+        ("reference", lambda lab, patch: {"source": Source(reference="base")}),
     ],
 )
 def test_a_change_makes_a_run_stale_and_is_named(lab, dpo, monkeypatch, capsys, changed, change):
@@ -438,7 +439,7 @@ def test_accumulation_equals_one_large_batch(lab, tmp_path, stage, changes):
     """
     large = make_trainer(lab, stage, tmp_path, torch.float64, micro_batch=8, lr=1e-3, **changes)
     small = make_trainer(lab, stage, tmp_path, torch.float64, micro_batch=3, lr=1e-3, **changes)
-    assert [len(batch["prompt_ids"]) for batch in small.micro_batches(list(range(8)))] == [3, 3, 2]
+    assert [len(batch["prompt_ids"]) for batch in small.micro_batches(small.rows[:8])] == [3, 3, 2]
     before = [parameter.detach().clone() for parameter in large.model.parameters()]
     for _ in range(3):
         one, other = take_step(large), take_step(small)
@@ -458,7 +459,7 @@ def test_a_micro_batch_of_one_is_checked_with_two_rows(lab, tmp_path, monkeypatc
     """How far mere batching moves a row in 16 bit is seen only where a batch has more than one."""
     seen = []
     monkeypatch.setattr(
-        loop, "checked_path", lambda model, batches: seen.extend(batches) or ("packed", "a test")
+        loop, "checked_path", lambda model, batches, _: seen.extend(batches) or ("packed", "a test")
     )
     train_stage(lab, "sft", sweep="ones", micro_batch=1, batch_size=4, epochs=0.1)
     assert [len(batch["prompt_ids"]) for batch in seen] == [2, 1]
@@ -492,7 +493,7 @@ def test_a_better_loss_sets_the_patience_back(lab, monkeypatch):
     """
     losses = dict(enumerate((9.0, 4.0, 5.0, 3.0, 5.0, 6.0, 7.0)))
     monkeypatch.setattr(
-        HeldOut, "measures", lambda self, trainer: {"held_out_loss": losses[self.progress.step]}
+        HeldOut, "measures", lambda self, trainer: {"held_out_loss": losses[trainer.progress.step]}
     )
     run = train_stage(lab, "sft", sweep="patience", evaluations=7, patience=2, keep_best=False)
     assert run.record["stopped_early"] and (run.record["steps"], run.record["best_step"]) == (5, 3)
@@ -510,9 +511,9 @@ def test_keep_best_ends_with_the_weights_of_the_best_evaluation(lab, monkeypatch
     """Held-out losses 4, 2, 3 at steps 2, 4, 6 of 6: the best is step 4, the last step 6."""
     seen = {}
 
-    def evaluate(self):
-        step = self.progress.step
-        seen[step] = self.model.transformer.wte.weight.detach().clone()
+    def evaluate(self, trainer):
+        step = trainer.progress.step
+        seen[step] = trainer.model.transformer.wte.weight.detach().clone()
         return {"held_out_loss": {0: 9.0, 2: 4.0, 4: 2.0, 6: 3.0}[step]}
 
     monkeypatch.setattr(HeldOut, "measures", evaluate)
@@ -615,7 +616,7 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monke
     )
     with pytest.raises(TrainingError) as failure:
         take_step(trainer)
-    rows = trainer.step_rows(1)
+    rows = trainer.row_numbers(1)
     assert f"not finite at step 2 (rows {rows})" in str(failure.value) and len(rows) == 8
     assert "'loss': nan" in str(failure.value) and "weights are still those of step 1" in str(
         failure.value
@@ -623,6 +624,18 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_rows(lab, tmp_path, monke
     assert all(
         torch.equal(new, old) for new, old in zip(trainer.model.parameters(), before, strict=True)
     )
+
+
+def test_an_odds_ratio_that_is_not_finite_does_not_blame_the_text(lab, tmp_path, monkeypatch):
+    """The NLL is finite, so the rows are sound: the message names the term and the remedy."""
+    trainer = make_trainer(lab, "orpo", tmp_path)
+    loss, metrics = trainer.loss(*trainer.micro_batches(trainer.next_batch()), 8, 100)
+    broken = metrics | {"odds_ratio_loss": torch.tensor(math.inf)}
+    monkeypatch.setattr(trainer, "loss", lambda *_: (loss * math.inf, broken))
+    monkeypatch.setattr(trainer, "count_flops", lambda *_: {"simple": 1.0})
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda _: None)
+    with pytest.raises(TrainingError, match="Not finite: loss, odds_ratio_loss.*lower lambda_or"):
+        trainer.backward(trainer.next_batch())
 
 
 def test_a_learning_rate_that_blows_up_stops_the_run(lab):
@@ -858,7 +871,7 @@ def test_a_new_checkpoint_replaces_the_old_one(lab, tmp_path):
     trainer = make_trainer(lab, "sft", tmp_path)
     for _ in range(2):
         take_step(trainer)
-        checkpoints.save(trainer.accelerator, tmp_path, trainer.state)
+        checkpoints.save(trainer.accelerator, tmp_path, asdict(trainer.progress))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-00000002"]
     names = {path.name for path in (tmp_path / "checkpoint-00000002").iterdir()}
     assert {"model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer.json"} <= names
@@ -906,7 +919,7 @@ def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
     monkeypatch.setattr(
         HeldOut,
         "measures",
-        lambda self, trainer: {"held_out_loss": math.nan if self.progress.step else 1.0},
+        lambda self, trainer: {"held_out_loss": math.nan if trainer.progress.step else 1.0},
     )
     with pytest.raises(TrainingError, match="held-out loss is not finite after step"):
         train_stage(lab, "sft", sweep="nan-at-the-end", evaluations=1, keep_best=False)
