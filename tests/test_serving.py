@@ -304,6 +304,113 @@ def test_an_answer_without_a_limit_gets_what_fits(model):
     asyncio.run(engine.client.aclose())
 
 
+def test_a_prompt_that_leaves_no_room_is_refused(model):
+    engine = OwnEngine("dpo", Limits(), model)
+    long = [{"role": "user", "content": "What is the kettle for? " * 100}]
+    with pytest.raises(Refusal, match="Send a shorter prompt") as raised:
+        engine.room(ChatRequest(messages=long))
+    assert raised.value.code == "context_length_exceeded"
+    with pytest.raises(Refusal, match=r"Ask for at most \d+ tokens"):
+        engine.room(ChatRequest(messages=[{"role": "user", "content": "Hi"}], max_tokens=510))
+    asyncio.run(engine.client.aclose())
+
+
+@pytest.mark.parametrize(
+    ("batching", "temperature", "options", "refused"),
+    [
+        (True, 0.5, {"temperature": 1.0}, "temperature"),
+        (True, 0.5, {"temperature": 0.5}, None),
+        (True, 0.0, {"top_p": 0.5}, "top_p"),
+        (True, 0.5, {"seed": 3}, "seed"),
+        (True, 0.0, {"seed": 3}, None),
+        (True, 0.0, {"stop": ["the"]}, "stop"),
+        (False, 0.0, {"temperature": 1.0, "top_p": 0.5, "seed": 3}, None),
+        (False, 0.0, {"stop": ["the"]}, "stop"),
+    ],
+)
+def test_options_that_our_own_engine_would_ignore_are_refused(
+    model, batching, temperature, options, refused
+):
+    engine = OwnEngine("dpo", Limits(), model, batching, temperature)
+    if refused:
+        with pytest.raises(Refusal) as raised:
+            engine.check_options(options)
+        assert raised.value.body["error"]["param"] == refused
+    else:
+        engine.check_options(options)
+    asyncio.run(engine.client.aclose())
+
+
+def test_without_batching_each_request_brings_its_own_sampling(model):
+    """The engine reads temperature and top_p from `generation_config` only."""
+    engine = OwnEngine("dpo", Limits(), model, batching=False, temperature=0.0)
+    messages = [{"role": "user", "content": "Hi"}]
+    for options, sampled in (({}, False), ({"temperature": 0.7, "seed": 3}, True)):
+        body = engine._body(ChatRequest(messages=messages, **options), 9)
+        settings = json.loads(body["generation_config"])
+        assert settings["do_sample"] is sampled and settings["top_k"] == 0
+        assert settings["temperature"] == options.get("temperature", 1.0)
+        assert "temperature" not in body and body.get("seed") == options.get("seed")
+    asyncio.run(engine.client.aclose())
+
+
+WORKER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+print("hello", flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Answers).serve_forever()
+"""
+
+
+def test_our_own_engine_is_started_again_when_it_dies_and_ended_with_us(
+    model, tmp_path, monkeypatch
+):
+    """A small server stands in for `worker`; it is killed once."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr("deploy.serving.own_engine.WORKER", tmp_path / "worker.py")
+
+    async def run():
+        engine = OwnEngine("dpo", Limits(), model)
+        life = asyncio.create_task(engine.supervise())
+        await engine.ready.wait()
+        first = engine.process
+        first.kill()
+        while engine.ready.is_set():
+            await asyncio.sleep(0.01)
+        await engine.ready.wait()
+        second = engine.process
+        assert second.pid != first.pid and engine.restarts == 1 and "hello" in engine.last_lines
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        assert second.returncode is not None and not engine.ready.is_set()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_an_engine_that_ends_before_it_is_ready_says_so(model, tmp_path, monkeypatch):
+    (tmp_path / "worker.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr("deploy.serving.own_engine.WORKER", tmp_path / "worker.py")
+
+    async def run():
+        engine = OwnEngine("dpo", Limits(), model)
+        with pytest.raises(RuntimeError, match="ended with status 3"):
+            await engine._start()
+        await engine._stop()
+        await engine.client.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
     assert batching_options(128, cuda=True) == ["--continuous-batching"]
     sizes = dict(zip(*[iter(batching_options(4096, cuda=False)[1:])] * 2, strict=True))
@@ -312,7 +419,7 @@ def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
     )  # four whole contexts
 
 
-def test_the_gateway_imports_no_torch():
+def test_the_gateway_imports_no_torch_and_nothing_of_ours():
     """All modules but the worker, in a process of their own."""
     modules = [
         path.stem
@@ -326,7 +433,7 @@ def test_the_gateway_imports_no_torch():
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     loaded = set(json.loads(result.stdout.replace("'", '"')))
-    assert loaded.isdisjoint({"torch", "transformers", "numpy"}) and "fastapi" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "numpy", "common"}) and "fastapi" in loaded
 
 
 def test_the_dockerfile_runs_the_command_that_is_tested_here(model):

@@ -130,6 +130,26 @@ def test_values_that_change_nothing_are_accepted(shared):
     )
 
 
+def test_text_parts_are_joined_and_other_keys_of_a_message_dropped(bench, fake):
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "it?"}]
+    message = {"role": "user", "content": parts, "name": "ada"}
+    assert bench.post(json={"messages": [message]}).status_code == 200
+    assert fake.bodies[0]["messages"] == [{"role": "user", "content": "What is it?"}]
+
+
+def test_a_stream_counts_its_tokens_for_a_client_that_asks(shared):
+    body = ASK | {"stream": True, "stream_options": {"include_usage": True}}
+    *_, usage, done, _ = shared.post(json=body).text.split("\n\n")
+    assert done == "data: [DONE]"
+    assert json.loads(usage.removeprefix("data: "))["usage"]["total_tokens"] == 12
+
+
+def test_a_fault_of_the_gateway_itself_is_an_error_in_the_same_shape(shared, monkeypatch):
+    monkeypatch.setattr(shared.gateway, "assign", lambda *_: 1 / 0)
+    response = shared.post(json=ASK)
+    assert response.status_code == 500 and error_of(response)["code"] == "internal_error"
+
+
 def test_infinity_is_no_temperature(shared):
     response = shared.post(content=json.dumps(ASK | {"temperature": float("inf")}), headers=JSON)
     assert response.status_code == 400 and error_of(response)["param"] == "temperature"
@@ -284,7 +304,7 @@ def resident_megabytes() -> float:
     return int(status.read_text().split("VmRSS:")[1].split()[0]) / 1e3 if status.exists() else 0.0
 
 
-@pytest.mark.parametrize("fault", ["cut", "error event", "nonsense"])
+@pytest.mark.parametrize("fault", ["cut", "error event", "nonsense", "endless line"])
 def test_a_stream_that_breaks_ends_with_an_error_event(bench, fake, fault):
     """The client has the first words, then an error: never an answer that looks whole. The next one
     is whole.

@@ -22,6 +22,7 @@ from deploy.serving.prompts import PromptFormat
 SECRETS = ("LAB_API_KEYS", "LAB_ENGINE_KEY")  # of the gateway alone: its engine needs neither
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 START_SECONDS = 600.0
+WORKER = Path(__file__).with_name("worker.py")
 
 
 class OwnEngine(Engine):
@@ -81,7 +82,7 @@ class OwnEngine(Engine):
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
-            str(Path(__file__).with_name("worker.py")),
+            str(WORKER),
             *options,
             cwd=self.folder,
             env={**kept, **OFFLINE},
