@@ -49,8 +49,8 @@ ORDER = [
     "memory.meter",
     "training",
     "comparison",
-    "memory",
     "costs",
+    "memory",
     "environment",
     "plots",
     "checks",
@@ -352,7 +352,7 @@ def imported():
 
 
 def test_each_module_can_be_imported_alone_and_notebooks_import_what_is_there(imported):
-    assert imported[0] == {}
+    assert not imported[0], "\n".join(f"{name}: {error}" for name, error in imported[0].items())
 
 
 def test_what_a_notebook_loads_is_what_the_syntax_trees_say(imported):
