@@ -12,7 +12,7 @@ import os
 import sys
 
 from benchmarks.thresholds import check_thresholds
-from common.comparison import DEFAULT, Arm, over_seeds, run_arms
+from common.comparison import DEFAULT, Arm, run_arms, summarise_seeds
 from common.io.files import write_json
 from common.lab import open_lab
 from tools.machine import describe_machine
@@ -69,10 +69,13 @@ def summarise_quality(profile: str, arms: dict[str, list[dict]]) -> dict:
     """Means and deviations over seeds, every seed's report, and the thresholds with what was
     measured.
     """
-    others = {name: over_seeds(seeds) for name, seeds in arms.items() if name != DEFAULT.name}
+    others = {name: summarise_seeds(seeds) for name, seeds in arms.items() if name != DEFAULT.name}
     seeds = arms[DEFAULT.name]
-    summary = over_seeds(seeds)
+    summary = summarise_seeds(seeds)
     checks = check_thresholds(quality_thresholds(profile, seeds, summary, others))
+    for report in (summary, *others.values(), *seeds):
+        for rate in report["win_rate"].values():
+            rate.pop("points", None)  # the rate on each prompt: thousands of numbers
     return summary | {"reports": seeds, "arms": others, "thresholds": checks}
 
 

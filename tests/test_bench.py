@@ -271,27 +271,27 @@ def report(seed: int, rate: float) -> dict:
     stages = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")
     shares = {"preference_accuracy": 0.9, "safe_on_harmful": 0.95, "ended_with_eos": 1.0}
     model = {"perplexity": 2.0, "kl": 1.0, "reward_margin": 1.0, "over_refusal": 0.01, **shares}
-    won = {"wins": 7, "ties": 0, "losses": 3, "rate": rate, "ci95": [rate - 0.1, rate + 0.1]}
+
+    def won(rate: float) -> dict:
+        """Of ten prompts."""
+        wins = round(10 * rate)
+        counts = {"wins": wins, "ties": 0, "losses": 10 - wins, "ci95": [rate - 0.1, rate + 0.1]}
+        return counts | {"rate": rate, "points": [1.0] * wins + [0.0] * (10 - wins)}
+
     pairs = [f"{a}_vs_{b}" for a in stages for b in stages if a != b]
-    rates = dict.fromkeys(pairs, won) | {"orpo_vs_dpo": won | {"rate": 0.5}}
+    rates = dict.fromkeys(pairs, won(rate)) | {"orpo_vs_dpo": won(0.5)}
     cost = {
         stage: {"simple_flops": flops} for stage, flops in zip(stages, (3, 3, 8, 8, 6), strict=True)
     }
     return {
         "seed": seed,
+        "seeds": 1,
         "prompts": 250,
         "samples": 4,
         "models": {stage: dict(model) for stage in stages},
         "win_rate": rates,
         "cost": cost,
     }
-
-
-def combined(reports: list[dict]) -> dict:
-    """Stands for `over_seeds`: the first report, with deviations."""
-    models = {stage: each | {"std": {}} for stage, each in reports[0]["models"].items()}
-    rates = {name: rate | {"std": None} for name, rate in reports[0]["win_rate"].items()}
-    return reports[0] | {"models": models, "win_rate": rates}
 
 
 @pytest.fixture
@@ -302,7 +302,6 @@ def trained(monkeypatch, tmp_path):
     monkeypatch.delenv("LAB_DATA", raising=False)
     monkeypatch.setattr(quality, "RESULTS_FOLDER", tmp_path)
     monkeypatch.setattr(quality, "open_lab", lambda profile: profile)
-    monkeypatch.setattr(quality, "over_seeds", combined)
     monkeypatch.setattr(
         quality,
         "run_arms",
@@ -321,6 +320,7 @@ def test_the_quality_benchmark_writes_its_table_and_thresholds(trained, tmp_path
     assert "| ORPO: FLOPs over those of SFT + DPO | 0.545 | ≥ 0.5 | met |" in out
     kept = json.loads((tmp_path / "quality.json").read_text(encoding="utf-8"))["profiles"]
     assert [len(each["thresholds"]) for each in kept.values()] == [18, 2]
+    assert '"points"' not in json.dumps(kept)
 
 
 def test_a_missed_threshold_of_quality_is_the_status(trained, capsys):
