@@ -206,7 +206,7 @@ def test_a_tokenizer_with_more_words_than_the_model_is_named(tokenizer):
     model.resize_token_embeddings(len(tokenizer) + 8)
     models.check_fits(model, tokenizer, PROFILE)
     model.resize_token_embeddings(len(tokenizer) - 1)
-    message = f"knows {len(tokenizer) - 1} words, its tokenizer {len(tokenizer)}: they do not belong together"
+    message = f"knows {len(tokenizer) - 1} words, its tokenizer {len(tokenizer)}: they do not"
     with pytest.raises(ModelError, match=message):
         models.check_fits(model, tokenizer, PROFILE)
 
