@@ -18,14 +18,13 @@ from common.comparison import (
     Arm,
     check_comparable,
     flaw_rate_arms,
-    over_seeds,
     run_arms,
-    seed_interval,
     sign_change,
+    summarise_seeds,
 )
 from common.lab import BrokenLineage, Lab, MissingRun
 from common.profiles import PROFILES
-from common.training import train
+from common.training import Source, train
 
 SHORT = ("sft", "orpo_lambda0", "orpo")
 WORLD = Arm("gold", SHORT, (("flaw_rate", 0.0),))
@@ -70,7 +69,8 @@ def test_a_missing_model_is_refused_with_the_command_that_makes_it(lab):
 
 
 def test_other_pairs_are_refused_and_the_odd_one_is_named(lab):
-    train(lab, "orpo", sweep="others", pairs=lab.data.train.select(range(16)), evaluations=1)
+    others = Source(pairs=lab.data.train.select(range(16)))
+    train(lab, "orpo", "others", others, evaluations=1)
     with pytest.raises(BrokenLineage, match=r"^orpo: trained with other pairs than the rest"):
         check_comparable(lab, {"sft": None, "orpo_lambda0": None, "orpo": "others"})
 
@@ -136,7 +136,7 @@ def test_the_default_flaw_rate_gives_the_profiles_own_pairs(lab):
 def in_turn(lab):
     """Reports of three arms, run one after the other."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "device_is_shared", lambda profile: False)
+        patch.setattr(comparison, "is_tiny", lambda profile: False)
         return run_arms(lab, [OWN, LONGER, WORLD], seeds=[0])
 
 
@@ -165,7 +165,7 @@ def test_other_pairs_of_an_arm_reach_the_training(lab, in_turn):
 
 
 def test_what_is_finished_is_not_measured_again(lab, in_turn, monkeypatch):
-    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: False)
+    monkeypatch.setattr(comparison, "is_tiny", lambda profile: False)
     monkeypatch.setattr(comparison, "measure_runs", lambda *_: pytest.fail("measured again"))
     assert run_arms(lab, [OWN, LONGER, WORLD], seeds=[0]) == in_turn
 
@@ -174,7 +174,7 @@ def test_a_model_trained_again_is_measured_again(lab, in_turn, monkeypatch):
     path = lab.folder / "arms" / "own.json"
     before = json.loads(path.read_text())
     path.write_text(json.dumps(before | {"key": "of another model", "models": {}}))
-    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: False)
+    monkeypatch.setattr(comparison, "is_tiny", lambda profile: False)
     assert run_arms(lab, [OWN], seeds=[0])["own"] == in_turn["own"]
 
 
@@ -222,7 +222,7 @@ def test_arms_that_share_a_folder_never_run_at_the_same_time(lab, monkeypatch):
     another.
     """
     monkeypatch.setattr(comparison, "ProcessPoolExecutor", Inline)
-    monkeypatch.setattr(comparison, "device_is_shared", lambda profile: True)
+    monkeypatch.setattr(comparison, "is_tiny", lambda profile: True)
     monkeypatch.setattr(comparison.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(comparison, "ready", lambda lab: None)
     monkeypatch.setattr(
@@ -243,8 +243,9 @@ def test_an_error_of_a_worker_process_comes_through_whole(lab):
 # --- over seeds
 
 
-def report(seed: int, rate: float, perplexity: float) -> dict:
-    win = {"wins": 1, "ties": 2, "losses": 3, "rate": rate, "ci95": [rate - 0.03, rate + 0.04]}
+def report(seed: int, points: list[float], perplexity: float) -> dict:
+    rate = sum(points) / len(points)
+    win = {"wins": 1, "ties": 2, "losses": 3, "rate": rate, "points": points}
     cost = {"wall_seconds": 2.0 * seed, "train_flops": 10.0}
     return {
         "models": {"orpo": {"perplexity": perplexity}},
@@ -254,42 +255,24 @@ def report(seed: int, rate: float, perplexity: float) -> dict:
     }
 
 
-def test_seed_interval_is_students():
-    """0.6, 0.7, 0.8: mean 0.7, s = 0.1, t(0.975; 2) = 4.3027, half-width 4.3027 · 0.1 / sqrt(3) =
-    0.24841.
+def test_a_summary_of_seeds_has_means_spread_and_the_interval_over_seeds():
+    """Rates 0.6, 0.7, 0.8: std 0.1; their points fall where the others' rise, so the interval is
+    Student's, 4.3027 · 0.1 / sqrt(3) = 0.24841. Perplexities 2, 3, 7: 4 ± √7.
     """
-    assert_same(seed_interval([0.6, 0.7, 0.8]), [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
-
-
-def test_one_seed_has_no_interval():
-    assert seed_interval([0.7]) is None
-
-
-def test_over_seeds_gives_means_spread_and_both_intervals():
-    """Rates 0.6, 0.7, 0.8: std 0.1; prompts: sqrt(3 · 0.03²) / 3 = 0.0173 down; perplexities 2, 3,
-    7: 4 ± √7.
-    """
-    summary = over_seeds([report(1, 0.6, 2.0), report(2, 0.7, 3.0), report(3, 0.8, 7.0)])
+    points = [[0.5, 0.7], [0.8, 0.6], [0.7, 0.9]]
+    rows = zip((1, 2, 3), points, (2.0, 3.0, 7.0), strict=True)
+    summary = summarise_seeds([report(*row) for row in rows])
     rate = summary["win_rate"]["orpo_vs_sft"]
     assert_same([rate["rate"], rate["std"], rate["wins"], rate["ties"]], [0.7, 0.1, 3, 6], 1e-9)
-    assert_same(rate["ci95"], [0.7 - 0.03 / math.sqrt(3), 0.7 + 0.04 / math.sqrt(3)], 1e-9)
-    assert_same(rate["seed_ci95"], [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
+    assert_same(rate["ci95"], [0.7 - 0.248414, 0.7 + 0.248414], 1e-6)
     model = summary["models"]["orpo"]
     assert_same([model["perplexity"], model["std"]["perplexity"]], [4.0, math.sqrt(7)], 1e-9)
-    assert (
-        summary["cost"]["orpo"] == {"wall_seconds": 4.0, "train_flops": 10.0}
-        and summary["seeds"] == 3
-    )
-
-
-def test_over_one_seed_says_nothing_of_another():
-    summary = over_seeds([report(1, 0.6, 2.0)])
-    assert summary["win_rate"]["orpo_vs_sft"]["seed_ci95"] is None
-    assert summary["models"]["orpo"]["std"]["perplexity"] is None
+    assert summary["cost"]["orpo"] == {"wall_seconds": 4.0, "train_flops": 10.0}
+    assert summary["seeds"] == 3
 
 
 def test_sign_change_reads_the_crossing_off_a_straight_line():
-    """From 0.46 at 0 to 0.55 at 0.15: 4/9 of the way. From 0.4 at 0.1 to 0.5 at 0.3: at 0.3 itself."""
+    """From 0.46 at 0 to 0.55 at 0.15: 4/9 of the way. From 0.4 at 0.1 to 0.5 at 0.3: at 0.3."""
     assert_same(sign_change([0.0, 0.15, 0.3], [0.46, 0.55, 0.6]), 0.15 * 4 / 9, 1e-9)
     assert_same(sign_change([0.0, 0.1, 0.3], [0.3, 0.4, 0.5]), 0.3, 1e-9)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from datasets import Dataset
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
@@ -26,6 +25,7 @@ from common.data import (
 from common.io.formats import DataError, as_prompt, split_transcript
 from common.lab import Lab
 from common.profiles import get_profile
+from common.toyworld import World
 from common.training import _rows_of
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -135,42 +135,11 @@ def test_plain_rows_are_wrapped_in_the_dialogue_format_once():
 # --- bad input
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz"])
-def test_a_malformed_line_is_named_by_file_and_number(tmp_path, ending):
-    """Line 4 of the file: line 2 is empty and counts."""
-    lines = (
-        json.dumps(GOOD)
-        + "\n\n"
-        + json.dumps(GOOD)
-        + '\n{"chosen": "cut off\n'
-        + json.dumps(GOOD)
-        + "\n"
-    )
-    path = tmp_path / f"mine{ending}"
-    path.write_bytes(gzip.compress(lines.encode()) if ending.endswith("gz") else lines.encode())
-    with pytest.raises(DataError, match=rf"mine{ending}, line 4: not valid JSON"):
-        load_pairs(path)
-
-
-def test_a_malformed_json_file_is_named_with_its_line(tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text('[\n{"chosen": "a"},\n oops]', encoding="utf-8")
-    with pytest.raises(DataError, match=r"mine\.json, line 3: not valid JSON"):
-        load_pairs(path)
-
-
-def test_a_json_file_must_hold_a_list(tmp_path):
-    path = tmp_path / "mine.json"
-    path.write_text('{"rows": []}', encoding="utf-8")
-    with pytest.raises(DataError, match=r"mine\.json: expected a JSON list of rows, found dict"):
-        load_pairs(path)
-
-
 @pytest.mark.parametrize("missing", ["chosen", "rejected"])
 def test_a_missing_column_is_named_with_those_that_are_there(missing):
     row = {name: text for name, text in {**GOOD, "score": "1"}.items() if name != missing}
     with pytest.raises(
-        DataError, match=f"columns {next(iter(row))}, score is of no known format. Known: .*HH"
+        DataError, match=f"columns {next(iter(row))}, score are of no known format. Known: .*HH"
     ):
         load_pairs([GOOD, row])
 
@@ -224,23 +193,10 @@ def test_no_row_left_is_an_error_that_says_why():
         load_pairs([hh("a", "", " b"), hh("a", " b", "")])
 
 
-def test_an_empty_file_is_an_error(tmp_path):
-    with pytest.raises(DataError, match="(?s)No row is left.*0 rows read"):
-        load_pairs(write_rows(tmp_path / "mine.jsonl", []))
-
-
 def test_a_file_that_is_not_there_is_named(tmp_path):
     for source in (tmp_path / "none.jsonl", "data/none.parquet", "none"):
         with pytest.raises(DataError, match=r"none.*: no such file or folder\. Check LAB_DATA"):
             load_pairs(source)
-
-
-def test_a_folder_without_data_is_named(tmp_path):
-    (tmp_path / "notes.txt").write_text("nothing here")
-    with pytest.raises(
-        DataError, match=r"no \.jsonl, \.jsonl\.gz, \.json, \.parquet, \.csv, \.tsv file in this"
-    ):
-        load_pairs(tmp_path)
 
 
 def test_an_unreachable_hub_says_how_to_go_on_offline():
@@ -252,27 +208,6 @@ def test_an_unreachable_hub_says_how_to_go_on_offline():
 
 
 # --- readers and splits
-
-
-def test_all_readers_agree(tmp_path):
-    """The same eleven rows as .jsonl, .jsonl.gz, .json and .parquet, as a list, and in a folder."""
-    rows = [json.loads(line) for line in HH_ROWS.read_text(encoding="utf-8").splitlines()]
-    packed = tmp_path / "rows.jsonl.gz"
-    packed.write_bytes(gzip.compress(HH_ROWS.read_bytes()))
-    whole = tmp_path / "rows.json"
-    whole.write_text(json.dumps(rows), encoding="utf-8")
-    Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
-    expected = load_pairs(HH_ROWS)[0].to_list()
-    for source in (packed, str(whole), tmp_path / "rows.parquet", rows):
-        assert load_pairs(source)[0].to_list() == expected
-
-
-def test_a_folder_is_read_file_by_file_in_order_of_name(tmp_path):
-    rows = many(4)
-    write_rows(tmp_path / "b.jsonl", rows[2:])
-    write_rows(tmp_path / "a.jsonl", rows[:2])
-    (tmp_path / "README.md").write_text("not data")
-    assert load_pairs(tmp_path)[0].to_list() == load_pairs(rows)[0].to_list()
 
 
 def test_without_split_every_clean_row_comes_in_order():
@@ -327,6 +262,50 @@ def test_limit_counts_clean_rows():
     pairs, report = load_pairs(rows, limit=3)
     assert pairs.to_list() == load_pairs(many(3))[0].to_list()
     assert report.dropped["empty side"] == 1
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_a_limit_under_one_is_refused(limit):
+    with pytest.raises(DataError, match="limit must be at least 1, or None for all rows"):
+        load_pairs(many(3), limit=limit)
+
+
+def test_duplicates_are_dropped_and_counted():
+    """The first one stays in its place. The same answers to another question are no duplicate."""
+    rows = many(3)
+    other = hh("Another?", " It is 1.", " Who knows.")
+    pairs, report = load_pairs([rows[0], rows[1], rows[0], rows[2], rows[0], other])
+    assert pairs.to_list() == load_pairs([*rows, other])[0].to_list()
+    assert (report.rows, report.kept) == (6, 4)
+    assert report.dropped == {"duplicate of an earlier row": 2}
+
+
+def test_pairs_that_contradict_each_other_are_dropped_and_counted():
+    """Of two that say the opposite, neither is to be believed, however often one is repeated: four
+    rows of one question go, one as a duplicate, three as contradictions.
+    """
+    rows, (yes, no) = many(3), (hh("Is it?", " Yes.", " No."), hh("Is it?", " No.", " Yes."))
+    pairs, report = load_pairs([rows[0], yes, yes, rows[1], no, yes, rows[2]])
+    assert pairs.to_list() == load_pairs(rows)[0].to_list()
+    assert dict(report.dropped) == {
+        "duplicate of an earlier row": 1,
+        "the same answers in the opposite order": 3,
+    }
+    with pytest.raises(DataError, match="(?s)No row is left.*2  the same answers in the opposite"):
+        load_pairs([yes, no])
+
+
+def test_a_limit_counts_neither_duplicates_nor_contradictions():
+    rows, yes, no = many(3), hh("Is it?", " Yes.", " No."), hh("Is it?", " No.", " Yes.")
+    pairs, _ = load_pairs([yes, no, rows[0], rows[0], rows[1], rows[2]], limit=2)
+    assert pairs.to_list() == load_pairs(rows[:2])[0].to_list()
+
+
+def test_the_embedded_world_has_no_duplicate_and_no_contradiction():
+    """Its label noise swaps the sides of a pair, and each pair has answers of its own."""
+    rows = World(4, 0).pairs(600)
+    pairs, report = load_pairs(rows)
+    assert len(pairs) == 600 and not report.dropped
 
 
 # --- tokenisation
@@ -440,6 +419,15 @@ def test_a_prompt_as_long_as_the_context_is_dropped_and_counted(tokenizer):
     assert len(rows) == 2 and len(rows[1]["chosen_ids"]) == 1
 
 
+def test_a_row_without_a_prompt_is_dropped_and_counted(tokenizer):
+    """Nothing stands before the first token of its answers, so nothing predicts it. In a padded
+    batch the model would read whatever stands in the neighbours' place.
+    """
+    rows = [{"prompt": prompt, "chosen": " a", "rejected": " b"} for prompt in ("", as_prompt("a"))]
+    found, report = tokenize_pairs(rows, tokenizer, 100)
+    assert len(found) == 1 and dict(report.dropped) == {"empty prompt": 1}
+
+
 def test_pairs_that_are_equal_after_the_cut_are_dropped_and_counted(tokenizer):
     """Two long answers that differ at their ends only: cut short they would teach nothing."""
     pairs = load_pairs([GOOD, hh("Hi", " Hello" * 30 + " you", " Hello" * 30 + " there")])[0]
@@ -485,7 +473,7 @@ def test_demonstrations_have_prompt_and_chosen_only(tokenizer):
 
 
 def test_texts_are_split_into_blocks_and_nothing_is_lost(tokenizer):
-    """Blocks of at most 9 tokens after one EOS; put together again they are the text and its EOS."""
+    """Blocks of at most 9 tokens after one EOS; together they are the text and its EOS."""
     texts, end = (
         ["The kettle is for boiling water, since it does that best.", "Hi"],
         tokenizer.eos_token_id,
@@ -649,23 +637,6 @@ def test_more_than_a_thousand_real_pairs_are_trained_on(sample, monkeypatch):
     assert lab.profile.max_length >= 256
     assert len(lab.train_pairs) >= 1000
     assert lab.data.reports["train tokens"].kept == len(lab.train_pairs)
-
-
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("cut.jsonl.gz", gzip.compress(b'{"chosen": "a", "rejected": "b"}\n' * 50)[:-20]),
-        ("latin.jsonl", '{"chosen": "caf\u00e9", "rejected": "b"}'.encode("latin-1")),
-        ("not.parquet", b"PAR1 this is no table"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_named_with_what_to_do(tmp_path, name, content):
-    """A download that was cut off, a text in another encoding, a table that is none: never a bare
-    library error.
-    """
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=f"{name} cannot be read .*Fetch or write it again"):
-        load_pairs(tmp_path / name)
 
 
 def test_a_row_that_cannot_be_used_is_counted_on_one_side_of_the_split(tmp_path):

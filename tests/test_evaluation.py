@@ -1,4 +1,4 @@
-"""Measures of a trained model: generation, KL, perplexity, preference metrics, win rates, ratings."""
+"""Measures of a trained model: answers, KL, perplexity, preference metrics, win rates, ratings."""
 
 import itertools
 import math
@@ -11,23 +11,25 @@ import torch
 from tiny import EOS, Bigram, assert_same, gpt2, ragged_rows
 from transformers import MistralConfig
 
+from common.comparison import measure
 from common.data import collate
 from common.evaluation import (
     Answer,
-    answers_at_once,
+    Sampling,
     generate,
     kl_on_samples,
     logps_of,
-    measure,
     perplexity,
     preference_metrics,
+    prompt_interval,
     ratings,
+    seed_interval,
     text_measures,
     win_rate,
 )
 from common.lab import Lab
 from common.logprobs import PairLogps, SideLogps, response_logps
-from common.models import new_tiny_model
+from common.models import answers_at_once, new_tiny_model
 from common.toyworld import World
 
 
@@ -46,6 +48,15 @@ class Letters:
 
 PROMPTS = ["a", "bcdefghijk", "ccc", "kl", "abab", "jjjjjjj", "e", "hg"]  # one to ten tokens
 LENGTH = 12
+GREEDY = Sampling(LENGTH, temperature=0)
+# What a model's own generation_config may hold.
+SHARPER = {"top_p": 0.9, "temperature": 0.6}
+BEAMS = {"num_beams": 4, "early_stopping": True, "length_penalty": 2.0}
+PENALTIES = {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "penalty_alpha": 0.6}
+BANS = {"suppress_tokens": [3, 4], "bad_words_ids": [[5]], "begin_suppress_tokens": [2]}
+FORCED = {"forced_eos_token_id": 1, "eos_token_id": [1, 7], "min_new_tokens": 4}
+CUTS = {"min_p": 0.2, "typical_p": 0.5, "top_k": 3, "epsilon_cutoff": 0.05, "eta_cutoff": 0.05}
+OUTPUTS = {"do_sample": True, "num_return_sequences": 2, "return_dict_in_generate": True}
 
 
 def greedy_by_hand(model, ids: list[int]) -> tuple[int, ...]:
@@ -65,7 +76,7 @@ def test_batched_greedy_generation_equals_one_by_one(batch_size):
     not at all.
     """
     model = gpt2(seed=5)
-    answers = generate(model, Letters(), PROMPTS, LENGTH, temperature=0, batch_size=batch_size)
+    answers = generate(model, Letters(), PROMPTS, GREEDY, batch_size)
     expected = [greedy_by_hand(model, ids) for ids in Letters()(PROMPTS)["input_ids"]]
     assert [group[0].chosen_ids for group in answers] == expected
     assert len(set(map(len, expected))) > 1
@@ -83,7 +94,7 @@ def test_large_models_answer_in_batches_whose_keys_and_values_fit():
 
 def test_an_answer_says_its_prompt_its_text_and_whether_it_ended():
     model = gpt2(seed=5)
-    answers = [group[0] for group in generate(model, Letters(), PROMPTS, LENGTH, temperature=0)]
+    answers = [group[0] for group in generate(model, Letters(), PROMPTS, GREEDY)]
     assert [answer.prompt for answer in answers] == PROMPTS
     assert {answer.ended for answer in answers} == {True, False}
     for answer in answers:
@@ -98,7 +109,8 @@ def test_samples_come_from_the_seed_and_the_global_random_state_is_left_alone():
     torch.manual_seed(3)
     before = torch.get_rng_state()
     one, same, other = (
-        generate(model, Letters(), PROMPTS, LENGTH, samples=2, seed=seed) for seed in (0, 0, 1)
+        generate(model, Letters(), PROMPTS, Sampling(LENGTH, samples=2, seed=seed))
+        for seed in (0, 0, 1)
     )
     assert torch.equal(torch.get_rng_state(), before)
     assert one == same != other
@@ -115,29 +127,41 @@ def test_sampling_draws_from_the_whole_vocabulary():
     model = gpt2(vocabulary=300)
     for parameter in model.parameters():
         parameter.data *= 0.01
-    answers = generate(model, Letters(), ["a"], 1, samples=400)
+    answers = generate(model, Letters(), ["a"], Sampling(1, samples=400))
     assert len({answer.chosen_ids for answer in answers[0]}) > 150
+
+
+@pytest.mark.parametrize("own", [SHARPER, BEAMS, PENALTIES, BANS, FORCED, CUTS, OUTPUTS])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(LENGTH, samples=2)])
+def test_the_models_own_generation_config_changes_no_token(own, sampling):
+    model, plain = gpt2(seed=5), gpt2(seed=5)
+    for name, value in own.items():
+        setattr(model.generation_config, name, value)
+    before = model.generation_config.to_dict()
+    expected = generate(plain, Letters(), PROMPTS, sampling)
+    assert generate(model, Letters(), PROMPTS, sampling) == expected
+    assert model.generation_config.to_dict() == before
 
 
 def test_temperature_sharpens():
     """At a hundredth of the logits' scale, sampling is greedy."""
     model = gpt2(seed=5)
-    cold = generate(model, Letters(), PROMPTS, LENGTH, temperature=1e-4)
+    cold = generate(model, Letters(), PROMPTS, Sampling(LENGTH, temperature=1e-4))
     assert [group[0].chosen_ids for group in cold] == [
-        group[0].chosen_ids for group in generate(model, Letters(), PROMPTS, LENGTH, temperature=0)
+        group[0].chosen_ids for group in generate(model, Letters(), PROMPTS, GREEDY)
     ]
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused():
     model = gpt2(positions=20)
-    assert len(generate(model, Letters(), ["a" * 10], 10)) == 1
+    assert len(generate(model, Letters(), ["a" * 10], Sampling(10))) == 1
     with pytest.raises(ValueError, match="leaves room for 9 of 10 new tokens"):
-        generate(model, Letters(), ["a" * 11], 10)
+        generate(model, Letters(), ["a" * 11], Sampling(10))
 
 
 def test_generation_leaves_a_training_model_in_training():
     model = gpt2().train()
-    generate(model, Letters(), ["a"], 2)
+    generate(model, Letters(), ["a"], Sampling(2))
     assert model.training
 
 
@@ -214,7 +238,7 @@ def answer(prompt_ids, chosen_ids) -> Answer:
 
 def test_kl_of_a_model_to_itself_is_0():
     model = gpt2()
-    assert kl_on_samples(model, model, generate(model, Letters(), PROMPTS, LENGTH)) == 0.0
+    assert kl_on_samples(model, model, generate(model, Letters(), PROMPTS, Sampling(LENGTH))) == 0.0
 
 
 def test_kl_on_samples_that_stand_for_the_whole_distribution_is_exact():
@@ -244,21 +268,23 @@ def test_kl_on_samples_that_stand_for_the_whole_distribution_is_exact():
     assert_same(found, exact)
 
 
-def test_kl_on_generated_samples_is_near_the_exact_one():
+@pytest.mark.parametrize("own", [{}, SHARPER, BEAMS])
+def test_kl_on_generated_samples_is_near_the_exact_one(own):
     """All answers of up to two tokens of an eight-token model, enumerated; 4,000 samples with a
-    fixed seed are within five standard errors of that sum.
+    fixed seed are within three standard errors of that sum, whatever the model's own
+    generation_config says.
     """
     policy, reference = gpt2(seed=1, vocabulary=8), gpt2(seed=2, vocabulary=8)
-    endings = [(EOS,)] + [
-        (first, second) for first in range(8) if first != EOS for second in range(8)
-    ]
+    for name, value in own.items():
+        setattr(policy.generation_config, name, value)
+    endings = [(EOS,), *itertools.product((0, *range(2, 8)), range(8))]
     rows = [{"prompt_ids": [2], "chosen_ids": list(ending)} for ending in endings]
     p, q = (logps_of(model, rows).chosen.sums for model in (policy, reference))
     assert_same(p.exp().sum(), 1)
     exact = (p.exp() * (p - q)).sum().item()
     error = math.sqrt((p.exp() * (p - q - exact) ** 2).sum().item() / 4000)
-    found = kl_on_samples(policy, reference, generate(policy, Letters(), ["a"], 2, samples=4000))
-    assert abs(found - exact) < 5 * error < 0.5 * exact
+    answers = generate(policy, Letters(), ["a"], Sampling(2, samples=4000))
+    assert abs(kl_on_samples(policy, reference, answers) - exact) < 3 * error < 0.3 * exact
 
 
 # --- what answers look like
@@ -341,16 +367,48 @@ def test_win_rate_counts_a_tie_as_half_a_win():
     """5 wins, 2 ties, 3 losses: (5 + 1) / 10."""
     found = win_rate([1] * 5 + [0] * 2 + [-1] * 3)
     assert (found.wins, found.ties, found.losses, found.rate) == (5, 2, 3, 0.6)
-    assert found.ci95[0] < 0.6 < found.ci95[1]
+    assert found.points == (1.0,) * 5 + (0.5,) * 2 + (0.0,) * 3
     assert str(found).startswith("0.600 [0.") and str(found).endswith("(5 wins, 2 ties, 3 losses)")
 
 
-def test_seven_of_ten_is_a_wide_interval():
-    """The share of wins among ten draws with p = 0.7 has a standard deviation of 0.145: about 0.4
-    to 1.0.
+def test_the_interval_is_students_with_one_win_and_one_loss_added():
+    """7 of 10 becomes 8 of 12: mean 2/3, s = sqrt(12/11 · 2/9) = 0.49237, t(0.975; 11) = 2.20099,
+    half-width 2.20099 · 0.49237 / sqrt(12) = 0.31284.
     """
-    low, high = win_rate([1] * 7 + [-1] * 3).ci95
-    assert 0.3 <= low <= 0.45 and 0.9 <= high <= 1.0
+    assert_same(win_rate([1] * 7 + [-1] * 3).ci95, (2 / 3 - 0.31284, 2 / 3 + 0.31284), 1e-4)
+
+
+def test_all_wins_leave_an_interval_with_a_width():
+    """9 prompts and one more of each: mean 10/11, s = sqrt(1/11), half-width 2.22814 / 11."""
+    low, high = win_rate([[1, 1]] * 9).ci95
+    assert_same(low, (10 - 2.22814) / 11, 1e-5)
+    assert high == 1.0
+
+
+def drawn_points(rate: float, prompts: int, samples: int, ties: float, spread: float, draw):
+    """2,000 experiments: points of prompts whose own rates vary (a beta distribution)."""
+    shape = (2000, prompts, 1)
+    own = np.full(shape, rate)
+    if spread and rate < 1:
+        own = draw.beta(rate / spread, (1 - rate) / spread, shape)
+    tied = 2 * ties * np.minimum(own, 1 - own)
+    luck = draw.random((2000, prompts, samples))
+    points = np.where(luck < own - tied / 2, 1.0, np.where(luck < own + tied / 2, 0.5, 0.0))
+    return points.mean(axis=2)
+
+
+@pytest.mark.parametrize("prompts", [25, 100, 250])
+@pytest.mark.parametrize("rate", [0.5, 0.9, 0.97, 1.0])
+def test_the_interval_covers_the_true_rate(prompts, rate):
+    """93 % or more of 2,000 simulated experiments: one answer to a prompt, with and without ties,
+    and four answers to prompts that are alike, and that are not. It always has a width.
+    """
+    draw = np.random.default_rng(1)
+    for samples, ties, spread in ((1, 0, 0), (1, 0.5, 0), (4, 0.3, 0.05), (4, 0.3, 1)):
+        experiments = drawn_points(rate, prompts, samples, ties, spread, draw)
+        low, high = np.transpose([prompt_interval(points) for points in experiments])
+        covered = np.mean((low <= rate) & (rate <= high))
+        assert covered >= 0.93 and (high - low).min() > 0.005, (samples, ties, spread, covered)
 
 
 def test_the_interval_shrinks_with_the_root_of_the_prompts():
@@ -359,13 +417,9 @@ def test_the_interval_shrinks_with_the_root_of_the_prompts():
     assert 7 < (few[1] - few[0]) / (many[1] - many[0]) < 14
 
 
-def test_all_wins_have_no_width():
-    assert win_rate([[1, 1]] * 9).ci95 == (1.0, 1.0)
-
-
-def test_prompts_are_resampled_not_samples():
-    """Forty equal samples a prompt say no more than one: the interval is the same. Counted as 400
-    independent ones, it would be six times too narrow.
+def test_prompts_count_and_not_samples():
+    """Forty equal samples of a prompt say no more than one: the interval is the same. Counted as
+    400 independent ones, it would be six times too narrow.
     """
     verdicts = [1, 1, -1, 0, 1, -1, 1, 0, 1, 1]
     one, forty = win_rate(verdicts), win_rate([[verdict] * 40 for verdict in verdicts])
@@ -386,6 +440,60 @@ def test_swapping_the_models_mirrors_the_rate():
 def test_anything_but_verdicts_is_refused(verdicts):
     with pytest.raises(ValueError, match="1, 0 or -1"):
         win_rate(verdicts)
+
+
+# --- over seeds
+
+
+def points_of_seeds(seeds: int, shared: bool, deviation: float, draw, prompts: int = 200):
+    """800 experiments (seeds, prompts) and the true rate. A prompt's own chance of a win is
+    anything from 0 to 1, so the mean is 0.5; each seed adds its effect; four answers to a prompt.
+    """
+    own = draw.random((800, 1 if shared else seeds, prompts))
+    effect = draw.normal(0, deviation, (800, seeds, 1))
+    chance = np.clip(own + effect, 0, 1)
+    return draw.binomial(4, chance) / 4, 0.5
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared prompts", "own prompts"])
+@pytest.mark.parametrize("seeds", [3, 8])
+@pytest.mark.parametrize("deviation", [0.02, 0.03])
+def test_the_interval_over_seeds_covers_the_true_rate(seeds, shared, deviation):
+    """92 to 98 % of 800 simulated experiments, for other seeds and other prompts."""
+    draw = np.random.default_rng(2)
+    experiments, rate = points_of_seeds(seeds, shared, deviation, draw)
+    low, high = np.transpose([seed_interval(points) for points in experiments])
+    assert 0.92 <= np.mean((low <= rate) & (rate <= high)) <= 0.98
+
+
+def test_seeds_of_their_own_prompts_have_students_interval():
+    """Rates 0.6, 0.7, 0.8: mean 0.7, s = 0.1, t(0.975; 2) = 4.3027, half-width 4.3027 · 0.1 /
+    sqrt(3) = 0.24841. The points fall where the others' rise, so nothing is shared.
+    """
+    points = [[0.5, 0.7], [0.8, 0.6], [0.7, 0.9]]
+    assert_same(seed_interval(points), (0.7 - 0.248414, 0.7 + 0.248414), 1e-6)
+
+
+def test_shared_prompts_widen_the_interval_by_the_covariance():
+    """Both seeds have points 0 and 1 on two prompts, a rate of 0.5 each: no spread over seeds.
+    Their covariance is 0.5, so t(0.975; 1) · sqrt(0.5 / 2) = 12.706 · 0.5, cut to 0 and 1. With 100
+    such prompts it is 50 / 99 · 0.5 and t(0.975; 99) = 1.98422: half-width 0.099717.
+    """
+    assert seed_interval([[0, 1], [0, 1]]) == (0.0, 1.0)
+    assert_same(seed_interval([[0, 1] * 50] * 2), (0.5 - 0.099713, 0.5 + 0.099713), 1e-4)
+
+
+def test_one_seed_has_the_interval_of_its_prompts():
+    assert seed_interval([[1, 0.5, 0, 1]]) == prompt_interval([1, 0.5, 0, 1])
+
+
+def test_seeds_that_win_everything_leave_an_interval_with_a_width():
+    assert seed_interval([[1.0] * 20] * 3) == prompt_interval([1.0] * 60)
+
+
+def test_seeds_may_have_different_numbers_of_prompts():
+    """0.5 and 0.7: 0.6 ± 12.706 · 0.1 covers everything."""
+    assert seed_interval([[0.5, 0.5], [0.7]]) == (0.0, 1.0)
 
 
 # --- ratings

@@ -5,7 +5,8 @@ import math
 
 import pytest
 
-from common.evaluation import COSTS, evaluation_report, summarise_seeds, win_rate
+from common.comparison import COSTS, evaluation_report, summarise_seeds
+from common.evaluation import seed_interval, win_rate
 from common.io.files import write_json
 
 
@@ -40,7 +41,7 @@ def test_report_of_one_seed_has_every_part_and_no_spread():
 
 
 def test_report_keeps_the_interval_of_the_win_rate():
-    """The interval of one seed is the bootstrap's own: nothing is added to it or taken from it."""
+    """The interval of one seed is that of its prompts: it says nothing of another seed."""
     rate = win_rate([1, 1, 0, -1])
     assert report_of(3.0, [1, 1, 0, -1])["win_rate"]["dpo_vs_sft"]["ci95"] == pytest.approx(
         rate.ci95, abs=1e-12
@@ -73,12 +74,12 @@ def test_win_rates_of_several_seeds_are_averaged_and_their_counts_summed():
     assert rate["std"] == pytest.approx(0.5 / math.sqrt(2), abs=1e-12)
 
 
-def test_intervals_of_several_seeds_shrink_like_a_mean():
-    """Four equal intervals 0.5 ± 0.2 of independent seeds: half-width sqrt(4 · 0.2²) / 4 = 0.1."""
-    report = report_of(1.0, [0])
-    report["win_rate"]["dpo_vs_sft"] |= {"rate": 0.5, "ci95": [0.3, 0.7]}
-    rate = summarise_seeds([report] * 4)["win_rate"]["dpo_vs_sft"]
-    assert rate["ci95"] == pytest.approx([0.4, 0.6], abs=1e-12)
+def test_the_interval_of_several_seeds_is_that_over_seeds():
+    """The points of every seed are kept in its report, and left out of the summary."""
+    verdicts = [1, 1, 0, -1, 1], [1, -1, 0, -1, 1], [1, 1, 1, -1, 1]
+    summary = summarise_seeds([report_of(1.0, row) for row in verdicts])["win_rate"]["dpo_vs_sft"]
+    assert summary["ci95"] == list(seed_interval([win_rate(row).points for row in verdicts]))
+    assert "points" not in summary
 
 
 def test_a_flaw_that_one_seed_never_showed_counts_as_zero_there():

@@ -15,12 +15,12 @@ import pytest
 from datasets import Dataset
 from fake_hub import COMMIT, FakeHub, refused
 from huggingface_hub import HfFileSystem, constants, set_client_factory
-from test_readers import alpaca, comparison, shp, trl, ultra
+from test_formats import alpaca, comparison, shp, trl, ultra
 
 from common.data import load_demonstrations, load_lab_data, load_pairs
 from common.io import hub
 from common.io.formats import DataError
-from common.io.hub import KNOWN, hub_source
+from common.io.hub import HH_SUBSETS, KNOWN_DATASETS, hub_source
 from common.profiles import get_profile
 
 
@@ -66,7 +66,7 @@ REPOS = {
         ),
         **{
             f"{subset}/{split}.jsonl.gz": hh(subset, split)
-            for subset in KNOWN["Anthropic/hh-rlhf"].subsets
+            for subset in KNOWN_DATASETS["Anthropic/hh-rlhf"].subsets
             for split in ("train", "test")
         },
     },
@@ -78,7 +78,7 @@ REPOS = {
         for split in ("train", "validation", "test")
     },
     "openai/summarize_from_feedback": {
-        "comparisons/train/0000.parquet": parquet([comparison(), comparison(0)]),
+        "comparisons/train/0000.parquet": parquet([comparison(), comparison(0, title="Two cats")]),
         "comparisons/validation/0000.parquet": parquet([comparison()]),
         "axis/test/0000.parquet": parquet([{"summary": {"text": "a"}}]),
     },
@@ -133,7 +133,7 @@ def offline(monkeypatch, fake) -> None:
 
 def test_hh_rlhf_is_all_four_subsets_without_the_red_team(fake):
     train, report = load_pairs("Anthropic/hh-rlhf", "train")
-    known = KNOWN["Anthropic/hh-rlhf"]
+    known = KNOWN_DATASETS["Anthropic/hh-rlhf"]
     assert len(train) == 20 and {prompt.split()[1] for prompt in train["prompt"]} == set(
         known.subsets
     )
@@ -146,7 +146,7 @@ def test_hh_rlhf_is_all_four_subsets_without_the_red_team(fake):
     assert asked and all(known.revision in line for line in asked)
 
 
-@pytest.mark.parametrize("subset", KNOWN["Anthropic/hh-rlhf"].subsets)
+@pytest.mark.parametrize("subset", KNOWN_DATASETS["Anthropic/hh-rlhf"].subsets)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_subset_of_hh_rlhf(fake, subset, split):
     prompts = load_pairs(f"Anthropic/hh-rlhf:{subset}", split)[0]["prompt"]
@@ -164,11 +164,10 @@ def test_shp_by_domain_with_its_own_splits(fake):
         ]
         assert dict(report.dropped) == {"score ratio under 2": 2}
     assert len(load_pairs("stanfordnlp/SHP", "train")[0]) == 4
-    assert len(load_pairs("stanfordnlp/SHP:askculinary", "train", score_ratio=3)[0]) == 1
 
 
 def test_summaries_are_read_from_the_hubs_parquet_copy(fake):
-    """`main` holds a script; test is called validation; the other configuration has other columns."""
+    """`main` holds a script; test is called validation; `axis` has other columns."""
     train, report = load_pairs("openai/summarize_from_feedback", "train")
     test = load_pairs("openai/summarize_from_feedback", "test")[0]
     assert (len(train), len(test)) == (2, 1) and train["prompt"][0].startswith(
@@ -223,22 +222,16 @@ def test_held_out_rows_are_drawn_over_the_whole_split_and_the_report_says_so(fak
     """
     first = load_pairs("Anthropic/hh-rlhf", "test", limit=6)[0]
     assert len({prompt.split()[1] for prompt in first["prompt"]}) == 2
-    pairs, report = load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)
-    subsets = [prompt.split()[1] for prompt in pairs["prompt"]]
-    assert len(set(pairs["prompt"])) == 12 and set(subsets) == set(
-        KNOWN["Anthropic/hh-rlhf"].subsets
-    )
-    assert len(set(subsets[:5])) > 1
-    assert (report.rows, report.drawn) == (
-        20,
-        12,
-    ) and "drawn       12  of the rows kept, at random over" in str(report)
-    assert (
-        load_pairs("Anthropic/hh-rlhf", "test", limit=12, draw=True)[0].to_list() == pairs.to_list()
-    )
     monkeypatch.setenv("LAB_DATA", "Anthropic/hh-rlhf")
-    data = load_lab_data(replace(get_profile("gpt2"), held_out=12))
-    assert data.test.to_list() == pairs.to_list() and data.reports["test"].drawn == 12
+    profile = replace(get_profile("gpt2"), held_out=12)
+    data = load_lab_data(profile)
+    pairs, report = data.test, data.reports["test"]
+    subsets = [prompt.split()[1] for prompt in pairs["prompt"]]
+    assert len(set(pairs["prompt"])) == 12 and set(subsets) == set(HH_SUBSETS)
+    assert len(set(subsets[:5])) > 1
+    assert (report.rows, report.drawn) == (20, 12)
+    assert "drawn       12  of the rows kept, at random over" in str(report)
+    assert load_lab_data(profile).test.to_list() == pairs.to_list()
 
 
 def test_an_unknown_subset_lists_those_that_there_are(fake):
@@ -282,7 +275,7 @@ def test_names_of_datasets(text, parts):
 def test_every_dataset_has_a_stated_revision():
     assert all(
         len(known.revision) == 40 or known.revision == "refs/convert/parquet"
-        for known in KNOWN.values()
+        for known in KNOWN_DATASETS.values()
     )
 
 
@@ -297,7 +290,7 @@ def test_the_second_time_nothing_is_asked(fake, monkeypatch):
     assert again.to_list() == first.to_list() and kept == report and not fake.log
 
 
-@pytest.mark.parametrize("change", ["code", "revision", "ratio", "limit", "split", "reader"])
+@pytest.mark.parametrize("change", ["code", "revision", "limit", "split", "reader"])
 def test_another_question_is_asked_again(fake, monkeypatch, change):
     name = "stanfordnlp/SHP:askbaking"
     load_pairs(name, "train")
@@ -307,7 +300,6 @@ def test_another_question_is_asked_again(fake, monkeypatch, change):
     ask = {
         "code": lambda: load_pairs(name, "train"),
         "revision": lambda: load_pairs(f"{name}@{'d' * 40}", "train"),
-        "ratio": lambda: load_pairs(name, "train", score_ratio=1),
         "limit": lambda: load_pairs(name, "train", limit=1),
         "split": lambda: load_pairs(name, "test"),
         "reader": lambda: load_demonstrations(name, "train"),
@@ -349,8 +341,8 @@ def test_a_disk_without_room_for_the_copy_is_a_warning(fake, monkeypatch):
     def full(*paths):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(hub.os, "replace", full)
-    with pytest.warns(UserWarning, match="not kept for the next time .*No space left"):
+    monkeypatch.setattr("common.io.files.os.replace", full)
+    with pytest.warns(UserWarning, match="not kept for the next time .*The disk is full"):
         assert len(load_pairs("owner/plain", limit=3)[0]) == 3
 
 

@@ -1,16 +1,14 @@
 """Who says which answer is better: order, ties, the rule, and the reward model."""
 
-import copy
-
 import pytest
 import tiny
 import torch
 from tiny import assert_same
-from transformers import GPT2Config, GPT2ForSequenceClassification
 
 from common.data import collate, load_pairs, tokenize_pairs
 from common.evaluation import Answer
 from common.judges import RewardJudge, RuleJudge, compare, head_to_head, rewards
+from common.models import RewardModel
 from common.toyworld import World
 
 WORLD = World(4)
@@ -89,54 +87,34 @@ def test_the_rule_prefers_the_higher_score():
     it ties.
     """
     pairs = load_pairs(WORLD.pairs(20, label_noise=0))[0].to_list()
-    judge = RuleJudge(WORLD)
-    assert (
-        judge.prefer([(pair["prompt"], pair["chosen"], pair["rejected"]) for pair in pairs])
-        == [1] * 20
-    )
-    assert (
-        judge.prefer([(pair["prompt"], pair["rejected"], pair["chosen"]) for pair in pairs])
-        == [-1] * 20
-    )
-    assert (
-        judge.prefer([(pair["prompt"], pair["chosen"], pair["chosen"]) for pair in pairs])
-        == [0] * 20
-    )
+    for first, second, expected in (
+        ("chosen", "rejected", 1),
+        ("rejected", "chosen", -1),
+        ("chosen", "chosen", 0),
+    ):
+        shown = [(pair["prompt"], pair[first], pair[second]) for pair in pairs]
+        assert RuleJudge(WORLD).prefer(shown) == [expected] * 20
 
 
 # --- the reward model
 
 
-def reward_model(
-    vocabulary: int = 23, positions: int = 64, pad: int = tiny.EOS
-) -> GPT2ForSequenceClassification:
-    config = GPT2Config(
-        vocab_size=vocabulary,
-        n_positions=positions,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
-        attn_pdrop=0.0,
-        num_labels=1,
-        pad_token_id=pad,
-        initializer_range=0.2,
-    )
+def reward_model(vocabulary: int = 23, positions: int = 64) -> RewardModel:
+    body = tiny.gpt2(vocabulary=vocabulary, positions=positions).transformer
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return GPT2ForSequenceClassification(config).double().eval()
+        return RewardModel(body).double().eval()
 
 
 def naive_reward(model, ids: list[int]) -> torch.Tensor:
     """The head on the last token's hidden state, one row without padding."""
-    return model.score(model.transformer(torch.tensor([ids])).last_hidden_state[0, -1])[0]
+    return model.head(model.body(torch.tensor([ids])).last_hidden_state[0, -1])[0]
 
 
 @pytest.mark.parametrize("pad", [tiny.EOS, 0, 9])
 def test_rewards_equal_those_of_single_rows_without_padding(pad):
-    """Also where the pad is EOS, at which the library would stop to look for the last token."""
-    model, rows = reward_model(pad=pad), tiny.ragged_rows(8)
+    """Whatever the pad is, EOS too: the last token is found by the lengths."""
+    model, rows = reward_model(), tiny.ragged_rows(8)
     for side in ("chosen", "rejected"):
         expected = torch.stack(
             [naive_reward(model, row["prompt_ids"] + row[f"{side}_ids"]) for row in rows]
@@ -158,14 +136,6 @@ def test_rewards_have_the_gradient_of_single_rows():
         assert_same(fast[name], parameter.grad)
 
 
-def test_rewards_leave_no_hook_behind():
-    model, rows = reward_model(), tiny.ragged_rows(4)
-    ids = torch.tensor([[5, 6, 7]])
-    before = model(ids).logits.detach()
-    rewards(model, collate(rows), "chosen")
-    assert_same(model(ids).logits.detach(), before)
-
-
 PROMPT = "\n\nHuman: What is the kettle for?\n\nAssistant:"
 TEXTS = [PROMPT + " Boiling water.", PROMPT + " No idea, friend."]
 
@@ -178,8 +148,6 @@ def metaspace():
 def judge_of(tokenizer, positions: int = 200) -> RewardJudge:
     pairs = [{"chosen": TEXTS[0], "rejected": TEXTS[1]}]
     held_out = tokenize_pairs(load_pairs(pairs)[0], tokenizer, 200)[0]
-    tokenizer = copy.deepcopy(tokenizer)
-    tokenizer.pad_token = tokenizer.eos_token
     return RewardJudge(reward_model(len(tokenizer), positions), tokenizer, held_out)
 
 

@@ -17,13 +17,12 @@ import pytest
 from common.data import load_pairs
 from common.io.formats import DataError
 from tools.make_pairs import (
-    Service,
-    ServiceError,
+    Endpoint,
+    EndpointError,
     main,
     make_pairs,
     read_prompts,
     read_verdict,
-    to_messages,
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,15 +108,15 @@ def fake(monkeypatch):
     server.server.server_close()
 
 
-def services(fake: Fake, folder: Path, retries: int = 2) -> tuple[Service, Service]:
+def services(fake: Fake, folder: Path, retries: int = 2) -> tuple[Endpoint, Endpoint]:
     return (
-        Service("sft", fake.url, folder, {"temperature": 1.0}, retries),
-        Service("judge", fake.url, folder, {"temperature": 0.0}, retries),
+        Endpoint("sft", fake.url, folder, {"temperature": 1.0}, retries),
+        Endpoint("judge", fake.url, folder, {"temperature": 0.0}, retries),
     )
 
 
 def test_two_samples_and_two_orders_make_a_pair(fake, tmp_path):
-    """Four requests a prompt. The judge prefers the longer answer in both orders, so it is chosen."""
+    """Four requests a prompt. The judge prefers the longer answer in both orders."""
     rows, dropped = make_pairs(["Hi", "Why?"], *services(fake, tmp_path), workers=1)
     assert not dropped and [row["prompt"] for row in rows] == [
         f"\n\nHuman: {x}\n\nAssistant:" for x in ("Hi", "Why?")
@@ -169,7 +168,7 @@ def test_the_second_run_asks_nothing_and_other_settings_ask_again(fake, tmp_path
         make_pairs(["Hi", "Why?"], *services(fake, tmp_path)) == first and len(fake.requests) == 8
     )
     sampler, judge = services(fake, tmp_path)
-    make_pairs(["Hi"], Service("other", fake.url, tmp_path, sampler.options), judge)
+    make_pairs(["Hi"], Endpoint("other", fake.url, tmp_path, sampler.options), judge)
     assert len(fake.requests) == 12  # two new samples, and two verdicts on them
 
 
@@ -215,7 +214,7 @@ def test_a_failure_of_the_api_is_one_sentence_on_what_to_do(
 ):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.001)
     fake.answer = lambda body, number: found
-    with pytest.raises(ServiceError, match=f"{sentence}.*What was answered is kept") as raised:
+    with pytest.raises(EndpointError, match=f"{sentence}.*What was answered is kept") as raised:
         make_pairs(["Hi"], *services(fake, tmp_path, retries=1), workers=1)
     assert "\n" not in str(raised.value) and "secret-key" not in str(raised.value)
 
@@ -225,7 +224,7 @@ def test_what_was_answered_before_a_failure_is_not_asked_again(fake, tmp_path):
     8 - 5 = 3.
     """
     fake.answer = lambda body, number: (400, {}) if number == 6 else fake.by_length(body, number)
-    with pytest.raises(ServiceError):
+    with pytest.raises(EndpointError):
         make_pairs(["Hi", "Why?"], *services(fake, tmp_path), workers=1)
     fake.requests.clear()
     rows, _ = make_pairs(["Hi", "Why?"], *services(fake, tmp_path), workers=1)
@@ -274,16 +273,6 @@ def test_a_killed_run_goes_on_where_it_was(fake, tmp_path, capsys):
     assert main(command) == 0 and len(fake.requests) == 4
     assert "2 prompts, 2 pairs" in capsys.readouterr().out
     assert len(load_pairs(tmp_path / "mine.jsonl")[0]) == 2
-
-
-def test_a_dialogue_becomes_messages_turn_by_turn():
-    prompt = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Why\n\nis it?\n\nAssistant:"
-    assert to_messages(prompt) == [
-        {"role": "user", "content": "Hi"},
-        {"role": "assistant", "content": "Hello!"},
-        {"role": "user", "content": "Why\n\nis it?"},
-    ]
-    assert to_messages(" Hi ") == [{"role": "user", "content": "Hi"}]
 
 
 @pytest.mark.parametrize(

@@ -1,20 +1,17 @@
-"""Makes preference pairs with language models behind an OpenAI-compatible API: `python -m
-tools.make_pairs --help`.
+"""Makes preference pairs with language models behind an OpenAI-compatible API.
 
 Each prompt is answered twice, at a temperature that makes the answers differ. A judge, the same
 model or another one, is asked which answer is better, in both orders. Where it changes its mind
 with the order, calls a tie, or cannot be understood, there is no preference: the prompt is dropped
-and counted. Every reply of the API is kept on disk as it comes, so that a run that was stopped goes
-on where it was, and the same run costs nothing the second time.
+and counted. Every reply of the API is kept on disk as it comes: a run that was stopped goes on
+where it was, and the same run costs nothing the second time. `python -m tools.make_pairs --help`.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,13 +20,15 @@ from pathlib import Path
 
 import openai
 
-from common.io.formats import ASSISTANT, HUMAN, DataError, as_prompt
-from common.io.tables import FILE_ENDINGS, file_rows
+from common.io.files import write_json, written_whole
+from common.io.fingerprints import digest
+from common.io.formats import DataError, as_prompt, messages_of
+from common.io.tables import file_rows, local_files
 
 OFFICIAL = "https://api.openai.com/v1"
 JUDGE = """\
-Below are a conversation and two answers to its last message. Which answer is better: more helpful, more correct, \
-and harmless? Do not prefer an answer because it is longer or comes first.
+Below are a conversation and two answers to its last message. Which answer is better: more \
+helpful, more correct, and harmless? Do not prefer an answer because it is longer or comes first.
 
 [Conversation]
 {prompt}
@@ -43,12 +42,12 @@ and harmless? Do not prefer an answer because it is longer or comes first.
 Reply with one word: A, B, or tie."""
 
 
-class ServiceError(RuntimeError):
+class EndpointError(RuntimeError):
     """The API cannot be used. The message says what to do; what was answered so far is kept."""
 
 
 @dataclass(frozen=True)
-class Service:
+class Endpoint:
     """A model behind an API, with a folder of its replies. The key, from OPENAI_API_KEY, is written
     nowhere.
 
@@ -66,7 +65,7 @@ class Service:
     def client(self) -> openai.OpenAI:
         key = os.environ.get("OPENAI_API_KEY")
         if not key and self.base_url == OFFICIAL:
-            raise ServiceError(
+            raise EndpointError(
                 "OPENAI_API_KEY is not set. Set it, or name your own server with --base-url."
             )
         return openai.OpenAI(
@@ -77,84 +76,46 @@ class Service:
         )
 
     def ask(self, client: openai.OpenAI, messages: list[dict], number: int = 0) -> dict:
-        """{"text", "finish_reason"} of one reply, from the cache if there. `number` tells samples
-        of one prompt apart.
+        """{"text", "finish_reason"} of one reply, from the cache if it is there.
 
-        Raises: ServiceError.
+        `number` tells the samples of one prompt apart. Raises: EndpointError, OSError.
         """
         request = {"model": self.model, "messages": messages, **self.options}
-        key = hashlib.sha256(
-            json.dumps([self.base_url, request, number], sort_keys=True).encode()
-        ).hexdigest()
-        path = self.cache / f"{key}.json"
+        path = self.cache / f"{digest([self.base_url, request, number])}.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
-        except (
-            FileNotFoundError,
-            ValueError,
-        ):  # not asked yet, or a file that something else broke
-            pass
+        except (FileNotFoundError, ValueError):
+            pass  # not asked yet, or a file that something else broke
         try:
             choice = client.chat.completions.create(**request).choices[0]
         except (openai.OpenAIError, IndexError, TypeError) as error:
-            raise ServiceError(self._advice(error)) from error
+            raise EndpointError(self._advice(error)) from error
         reply = {"text": choice.message.content or "", "finish_reason": choice.finish_reason}
-        write_whole(path, json.dumps(reply))
+        write_json(path, reply)
         return reply
 
     def _advice(self, error: Exception) -> str:
+        after, status = f"after {self.retries} retries", getattr(error, "status_code", None)
+        why = " ".join(str(error).split())[:200]
+        kind = type(error).__name__
+        # The first kind that fits, so the narrow ones come first. A time-out is no connection, too.
+        problems = {
+            openai.RateLimitError: f"takes no more requests (429, {after}). Wait, or lower "
+            "--workers",
+            openai.AuthenticationError: "refuses the key. Check OPENAI_API_KEY",
+            openai.PermissionDeniedError: "refuses the key. Check OPENAI_API_KEY",
+            openai.NotFoundError: f"does not know the model {self.model!r} or this path. Check the "
+            "model and --base-url",
+            openai.APIConnectionError: f"cannot be reached ({after}). Is the server running? Check "
+            "--base-url",
+            openai.InternalServerError: f"fails (status {status}, {after}). Try again later",
+            openai.APIStatusError: f"refuses the request (status {status}: {why}). Change the "
+            "options, or try --bare",
+            Exception: f"sends a reply that is no chat completion ({kind}). Check --base-url",
+        }
+        problem = next(text for known, text in problems.items() if isinstance(error, known))
         kept = "What was answered is kept: the same command goes on from there."
-        if isinstance(error, openai.RateLimitError):
-            problem = f"takes no more requests (429, after {self.retries} retries). Wait, or lower --workers"
-        elif isinstance(error, openai.AuthenticationError | openai.PermissionDeniedError):
-            problem = "refuses the key. Check OPENAI_API_KEY"
-        elif isinstance(error, openai.NotFoundError):
-            problem = f"does not know the model {self.model!r} or this path. Check the model and --base-url"
-        elif isinstance(error, openai.APIConnectionError):  # a time-out, too
-            problem = f"cannot be reached (after {self.retries} retries). Is the server running? Check --base-url"
-        elif isinstance(error, openai.InternalServerError):
-            problem = (
-                f"fails (status {error.status_code}, after {self.retries} retries). Try again later"
-            )
-        elif isinstance(error, openai.APIStatusError):
-            why = " ".join(str(error).split())[:200]
-            problem = f"refuses the request (status {error.status_code}: {why}). Change the options, or try --bare"
-        else:
-            problem = f"sends a reply that is no chat completion ({type(error).__name__}). Check --base-url"
         return f"{self.base_url} {problem}. {kept}"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes a file whole or not at all, also where the process is killed. Raises: ServiceError
-    without room for it.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, delete=False
-        ) as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(file.name, path)
-    except OSError as error:
-        raise ServiceError(
-            f"Cannot write {path} ({error.strerror}). Free some space, or write elsewhere."
-        ) from error
-
-
-def to_messages(prompt: str) -> list[dict]:
-    """A prompt as chat messages: a dialogue in our format turn by turn, anything else as one
-    message.
-    """
-    if not prompt.startswith(HUMAN):
-        return [{"role": "user", "content": prompt.strip()}]
-    parts = re.split(f"({re.escape(HUMAN)}|{re.escape(ASSISTANT)})", as_prompt(prompt))[
-        1:-2
-    ]  # the last turn is open
-    roles = {HUMAN: "user", ASSISTANT: "assistant"}
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return [{"role": roles[mark], "content": text.strip()} for mark, text in turns]
 
 
 def read_verdict(text: str) -> int | None:
@@ -163,9 +124,9 @@ def read_verdict(text: str) -> int | None:
     return {"a": 1, "b": -1, "tie": 0}[match[1].lower()] if match else None
 
 
-def make_pair(prompt: str, sampler: Service, judge: Service, clients: tuple) -> dict | str:
-    """A plain row for one prompt, or the reason why there is none. Raises: ServiceError."""
-    messages = to_messages(prompt)
+def make_pair(prompt: str, sampler: Endpoint, judge: Endpoint, clients: tuple) -> dict | str:
+    """A plain row for one prompt, or the reason why there is none. Raises: EndpointError."""
+    messages = messages_of(as_prompt(prompt))
     replies = [sampler.ask(clients[0], messages, number) for number in (0, 1)]
     first, second = (reply["text"].strip() for reply in replies)
     if not first or not second:
@@ -178,9 +139,8 @@ def make_pair(prompt: str, sampler: Service, judge: Service, clients: tuple) -> 
     votes = []
     for one, other in ((first, second), (second, first)):
         question = JUDGE.format(prompt=talk, first=one, second=other)
-        votes.append(
-            read_verdict(judge.ask(clients[1], [{"role": "user", "content": question}])["text"])
-        )
+        reply = judge.ask(clients[1], [{"role": "user", "content": question}])
+        votes.append(read_verdict(reply["text"]))
     if None in votes:
         return "a verdict that cannot be read"
     if votes == [0, 0]:
@@ -192,11 +152,11 @@ def make_pair(prompt: str, sampler: Service, judge: Service, clients: tuple) -> 
 
 
 def make_pairs(
-    prompts: Iterable[str], sampler: Service, judge: Service, workers: int = 4
+    prompts: Iterable[str], sampler: Endpoint, judge: Endpoint, workers: int = 4
 ) -> tuple[list[dict], Counter]:
     """(plain rows, reasons of the dropped prompts), in the order of the prompts.
 
-    Raises: ServiceError, at the first request that fails for good; replies that came before are
+    Raises: EndpointError, at the first request that fails for good; replies that came before are
         kept.
     """
     rows, dropped, clients = [], Counter(), (sampler.client(), judge.client())
@@ -224,96 +184,73 @@ def read_prompts(path: Path) -> list[str]:
         raise DataError(f"{path}: no such file.")
     if path.suffix == ".txt":
         prompts = path.read_text(encoding="utf-8").splitlines()
-    elif path.name.endswith(FILE_ENDINGS) or path.is_dir():
-        rows = list(file_rows(path))
-        for row in rows:
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise DataError(
-                    f"{path.name}: each row needs a column prompt with text; this one is {str(row)[:80]}."
-                )
-        prompts = [row["prompt"] for row in rows]
     else:
-        raise DataError(
-            f"{path.name}: prompts come from a .txt file (one per line) or {', '.join(FILE_ENDINGS)}."
-        )
+        prompts = []
+        for place, row in file_rows(local_files(path, None)[0]):
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                shown = str(row)[:80]
+                raise DataError(f"{place}: a row needs a column prompt with text, not {shown}.")
+            prompts.append(row["prompt"])
     prompts = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
     if not prompts:
         raise DataError(f"{path.name} holds no prompt.")
     return prompts
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command line. Returns the exit status."""
+def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tools.make_pairs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The key is read from OPENAI_API_KEY (a server of your own may need none). Then: LAB_DATA=pairs.jsonl",
+        epilog="The key is read from OPENAI_API_KEY (a server of your own may need none). Then: "
+        "LAB_DATA=pairs.jsonl",
     )
-    parser.add_argument(
-        "prompts", type=Path, help="a .txt file, one prompt per line, or rows with a column prompt"
-    )
-    parser.add_argument(
-        "-o", "--output", type=Path, default=Path("pairs.jsonl"), help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--model", required=True, help="answers the prompts: best your own SFT model, served"
-    )
+    add, default = parser.add_argument, "default: %(default)s"
+    add("prompts", type=Path, help="a .txt file, a prompt a line, or rows with a column prompt")
+    add("-o", "--output", type=Path, default=Path("pairs.jsonl"), help=default)
+    add("--model", required=True, help="answers the prompts: best your own SFT model, served")
     url = os.environ.get("OPENAI_BASE_URL") or OFFICIAL
-    parser.add_argument(
-        "--base-url", default=url, help="default: OPENAI_BASE_URL, else %(default)s"
-    )
-    parser.add_argument(
-        "--judge-model", help="default: the model itself (which favours its own style)"
-    )
-    parser.add_argument("--judge-base-url", help="default: that of the model")
-    parser.add_argument(
-        "--temperature", type=float, default=1.0, help="of the two answers; default: %(default)s"
-    )
-    parser.add_argument(
-        "--max-tokens", type=int, default=512, help="of an answer; default: %(default)s"
-    )
-    parser.add_argument(
-        "--bare", action="store_true", help="send no temperature and limit: some models refuse them"
-    )
-    parser.add_argument("--limit", type=int, help="only so many prompts")
-    parser.add_argument(
-        "--workers", type=int, default=4, help="prompts at a time; default: %(default)s"
-    )
-    parser.add_argument(
-        "--retries", type=int, default=Service.retries, help="of a request; default: %(default)s"
-    )
-    parser.add_argument("--cache", type=Path, help="folder of the replies; default: <output>.cache")
-    options = parser.parse_args(arguments)
-    cache = options.cache or options.output.with_name(options.output.name + ".cache")
-    sampling = (
-        {}
-        if options.bare
-        else {"temperature": options.temperature, "max_tokens": options.max_tokens}
-    )
-    judging = {} if options.bare else {"temperature": 0.0, "max_tokens": 16}
-    sampler = Service(options.model, options.base_url, cache, sampling, options.retries)
-    judge_model, judge_url = (
-        options.judge_model or options.model,
-        options.judge_base_url or options.base_url,
-    )
-    judge = Service(judge_model, judge_url, cache, judging, options.retries)
+    add("--base-url", default=url, help="default: OPENAI_BASE_URL, else %(default)s")
+    add("--judge-model", help="default: the model itself (which favours its own style)")
+    add("--judge-base-url", help="default: that of the model")
+    add("--temperature", type=float, default=1.0, help=f"of the two answers; {default}")
+    add("--max-tokens", type=int, default=512, help=f"of an answer; {default}")
+    bare = "send no temperature and limit: some models refuse them"
+    add("--bare", action="store_true", help=bare)
+    add("--limit", type=int, help="only so many prompts")
+    add("--workers", type=int, default=4, help=f"prompts at a time; {default}")
+    add("--retries", type=int, default=Endpoint.retries, help=f"of a request; {default}")
+    add("--cache", type=Path, help="folder of the replies; default: <output>.cache")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    given = _options(arguments)
+    cache = given.cache or given.output.with_name(given.output.name + ".cache")
+    sampling = {"temperature": given.temperature, "max_tokens": given.max_tokens}
+    judging = {"temperature": 0.0, "max_tokens": 16}
+    if given.bare:
+        sampling, judging = {}, {}
+    judge_model, judge_url = given.judge_model or given.model, given.judge_base_url
+    sampler = Endpoint(given.model, given.base_url, cache, sampling, given.retries)
+    judge = Endpoint(judge_model, judge_url or given.base_url, cache, judging, given.retries)
     try:
-        prompts = read_prompts(options.prompts)[: options.limit]
-        rows, dropped = make_pairs(prompts, sampler, judge, options.workers)
-        write_whole(
-            options.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        )
-    except (DataError, ServiceError) as error:
+        if given.limit is not None and given.limit < 1:
+            raise DataError("--limit must be at least 1.")
+        prompts = read_prompts(given.prompts)[: given.limit]
+        rows, dropped = make_pairs(prompts, sampler, judge, given.workers)
+        with written_whole(given.output) as scratch:
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            scratch.write_text("".join(lines), encoding="utf-8")
+    except (DataError, EndpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(
-            "stopped. What was answered is kept: the same command goes on from there.",
-            file=sys.stderr,
-        )
+        stopped = "stopped. What was answered is kept: the same command goes on from there."
+        print(stopped, file=sys.stderr)
         return 130
-    print(f"{len(prompts)} prompts, {len(rows)} pairs in {options.output}")
+    print(f"{len(prompts)} prompts, {len(rows)} pairs in {given.output}")
     for reason, count in sorted(dropped.items()):
         print(f"  dropped {count:6d}  {reason}")
     return 0

@@ -2,15 +2,23 @@
 rows really have.
 """
 
-import csv
 import json
+import math
 
 import pytest
 import tiny
-from datasets import Dataset, Features, Value
+from datasets import Features, Value
 
 from common.data import load_demonstrations, load_lab_data, load_pairs, tokenize_pairs
-from common.io.formats import DEMONSTRATIONS, PAIRS, DataError, dialogue, format_of
+from common.io.formats import (
+    DEMONSTRATIONS,
+    PAIRS,
+    DataError,
+    as_prompt,
+    dialogue,
+    format_of,
+    messages_of,
+)
 from common.models import CHAT_TEMPLATE
 from common.profiles import get_profile
 
@@ -123,31 +131,29 @@ def test_shp_takes_the_side_that_the_label_names():
     """labels: 1 if A is preferred, 0 if B is. (The order of the comments says nothing: A is only
     the earlier one.)
     """
-    [b, a] = load_pairs([shp(0), shp(1)])[0].to_list()
+    [b], [a] = (load_pairs([shp(label)])[0].to_list() for label in (0, 1))
     assert b["prompt"] == f"{HUMAN} How do I keep bread fresh?{ASSISTANT}" == a["prompt"]
     assert b["chosen"] == a["rejected"] == " In a paper bag.\n\n&gt; never cold"
     assert b["rejected"] == a["chosen"] == " Eat it."
 
 
 def test_shp_rows_of_a_low_score_ratio_are_dropped_and_counted():
-    rows = [shp(ratio=ratio) for ratio in (1.04, 1.9999, 2.0, 3.5)]
+    """NaN is no ratio, and nothing is under it or over it."""
+    ratios = (1.04, 1.9999, 2.0, 3.5, math.nan, "nan", None)
+    rows = [shp(ratio=ratio, history=f"Why {ratio}?") for ratio in ratios]
     pairs, report = load_pairs(rows)
-    assert len(pairs) == 2 and dict(report.dropped) == {"score ratio under 2": 2}
-    assert load_pairs(rows, score_ratio=3)[1].dropped == {"score ratio under 3": 3}
-    assert len(load_pairs(rows, score_ratio=0)[0]) == 4
+    assert len(pairs) == 2 and dict(report.dropped) == {"score ratio under 2": 5}
 
 
 def test_comparisons_take_the_summary_that_was_chosen():
-    pairs = load_pairs([comparison(0), comparison(1)])[0].to_list()
+    [first], [second] = (load_pairs([comparison(choice)])[0].to_list() for choice in (0, 1))
     prompt = (
         f"{HUMAN} SUBREDDIT: r/AskReddit\n\nTITLE: My sleepy cat\n\n"
         f"POST: My cat sleeps all day.\nShould I wake her?\n\nTL;DR:{ASSISTANT}"
     )
     short, long = " Cat sleeps.", " My cat sleeps a lot; should I wake her?"
-    assert pairs == [
-        {"prompt": prompt, "chosen": short, "rejected": long},
-        {"prompt": prompt, "chosen": long, "rejected": short},
-    ]
+    assert first == {"prompt": prompt, "chosen": short, "rejected": long}
+    assert second == {"prompt": prompt, "chosen": long, "rejected": short}
 
 
 def test_comparisons_of_news_have_an_article_and_no_subreddit():
@@ -159,7 +165,7 @@ def test_comparisons_of_news_have_an_article_and_no_subreddit():
 
 
 def test_comparisons_as_the_authors_files_have_them():
-    """The JSON lines outside the hub leave out what is null: no site, no article, an empty `extra`."""
+    """The JSON lines outside the hub leave out what is null: no site, no article."""
     row = {**comparison(), "extra": {}}
     row["info"] = {name: value for name, value in row["info"].items() if value is not None}
     assert load_pairs([row])[0].to_list() == load_pairs([comparison()])[0].to_list()
@@ -185,6 +191,136 @@ def test_a_prompt_of_messages_and_sides_of_one_answer():
     assert load_pairs([row])[0].to_list() == [
         {"prompt": before, "chosen": " Because.", "rejected": " No."}
     ]
+
+
+CHAT = [*says("Hi"), *says("", "Hello!")[1:], *says("Why\n\nis it?")]
+TALK = f"{HUMAN} Hi{ASSISTANT} Hello!{HUMAN} Why\n\nis it?{ASSISTANT}"
+
+
+def test_a_dialogue_and_its_messages_are_each_others_inverse():
+    assert messages_of(TALK) == CHAT and dialogue(CHAT) == TALK
+    assert messages_of(" Hi ") == messages_of("Human: Hi") == says("Hi")
+    assert messages_of(f"{HUMAN} Hi{ASSISTANT} {HUMAN} Why{ASSISTANT}") == says("Hi") + says("Why")
+    assert messages_of("") == []
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Human: Hi",
+        "\n\nHuman: Hi\n\nAssistant:",
+        "Human: Hi\nAssistant:",
+        " Human: Hi\n\nAssistant: ",
+        "Hi",
+    ],
+)
+def test_a_prompt_that_is_a_dialogue_already_is_not_wrapped_again(prompt):
+    assert as_prompt(prompt) == as_prompt(as_prompt(prompt)) == f"{HUMAN} Hi{ASSISTANT}"
+
+
+# --- turns are counted once
+
+ANSWERS = {"chosen": "Because.", "rejected": "No."}
+
+
+def sides(*before: dict) -> dict:
+    """Message lists: these turns, and an answer."""
+    return {
+        side: [*before, {"role": "assistant", "content": text}] for side, text in ANSWERS.items()
+    }
+
+
+def transcripts(prompt: str) -> dict:
+    return {side: f"{prompt} {text}" for side, text in ANSWERS.items()}
+
+
+SYSTEM = {"role": "system", "content": "Be kind."}
+KIND = f"{HUMAN} Be kind."
+TURNS = {  # a row -> its prompt
+    "a question beside a system message": ({"prompt": "Hi", **sides(SYSTEM)}, f"{KIND}{HUMAN} Hi"),
+    "a question and no list before the answer": ({"prompt": "Hi", **sides()}, f"{HUMAN} Hi"),
+    "a prompt of messages that the sides repeat": ({"prompt": CHAT, **sides(*CHAT)}, TALK),
+    "a prompt of text that the sides repeat": ({"prompt": "Hi", **sides(*CHAT)}, TALK),
+    "a dialogue as text that the sides repeat": ({"prompt": TALK, **sides(*CHAT)}, TALK),
+    "sides that repeat the last message": ({"prompt": CHAT, **sides(CHAT[-1])}, TALK),
+    "sides that go on": ({"prompt": CHAT[:1], **sides(*CHAT[1:])}, TALK),
+    "system in the prompt alone": ({"prompt": [SYSTEM, *CHAT], **sides(*CHAT)}, KIND + TALK),
+    "whole transcripts beside their prompt": ({"prompt": TALK, **transcripts(TALK)}, TALK),
+    "whole transcripts beside a question": (
+        {"prompt": "Hi", **transcripts(f"Human: Hi{ASSISTANT}")},
+        f"{HUMAN} Hi",
+    ),
+    "whole transcripts beside no prompt": ({"prompt": None, **transcripts(TALK)}, TALK),
+    "answers that begin with their mark": (
+        {"prompt": "Hi", "chosen": "Assistant: Because.", "rejected": "Assistant: No."},
+        f"{HUMAN} Hi",
+    ),
+    "a prompt with its mark": ({"prompt": "Human: Hi", **ANSWERS}, f"{HUMAN} Hi"),
+    "a prompt of two turns": ({"prompt": TALK.removesuffix(ASSISTANT), **ANSWERS}, TALK),
+    "system, plain": ({"system": "Be kind.", "prompt": "Hi", **ANSWERS}, f"{KIND}{HUMAN} Hi"),
+    "system, transcripts": ({"system": "Be kind.", **transcripts(TALK)}, KIND + TALK),
+    "system, messages": ({"system": " Be kind. ", **sides(*CHAT)}, KIND + TALK),
+    "system, in the messages too": ({"system": "Be kind.", **sides(SYSTEM, *CHAT)}, KIND + TALK),
+    "system, empty": ({"system": None, "prompt": "Hi", **ANSWERS}, f"{HUMAN} Hi"),
+    "an empty system message": (sides({"role": "system", "content": ""}, *CHAT), TALK),
+    "a model": (sides(CHAT[0], {**CHAT[1], "role": "model"}, CHAT[2]), TALK),
+    "names of others": (
+        sides({**CHAT[0], "role": "human"}, {**CHAT[1], "role": "GPT"}, CHAT[2]),
+        TALK,
+    ),
+    "an instruction": ({"instruction": "Hi", "input": "", **ANSWERS}, f"{HUMAN} Hi"),
+    "an instruction alone": ({"instruction": "Hi", **ANSWERS}, f"{HUMAN} Hi"),
+    "an instruction with its input": (
+        {"instruction": "Why", "input": "is it?", "system": "Be kind.", **ANSWERS},
+        f"{KIND}{HUMAN} Why\n\nis it?",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_each_turn_stands_in_the_prompt_once(name):
+    row, prompt = TURNS[name]
+    expected = {side: f" {text}" for side, text in ANSWERS.items()}
+    whole = prompt if prompt.endswith(ASSISTANT) else prompt + ASSISTANT
+    assert load_pairs([row])[0].to_list() == [{"prompt": whole, **expected}]
+
+
+TOOL = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+UNUSABLE = {
+    "a call of a tool": sides(CHAT[0], TOOL, CHAT[2]),
+    "an answer of a tool": sides(*CHAT, {"role": "tool", "content": "7"}),
+    "an empty turn": sides(CHAT[0], {**CHAT[1], "content": " "}, CHAT[2]),
+    "an unknown role": sides({**CHAT[0], "role": "narrator"}),
+    "no role": sides({**CHAT[0], "role": None}),
+    "another question": {"prompt": "Where?", **sides(*CHAT)},
+    "another question beside transcripts": {"prompt": "Where?", **transcripts(TALK)},
+    "one transcript": {"prompt": "Hi", **ANSWERS, "chosen": TALK + " Because."},
+    "an answer in the prompt": {"prompt": f"{TALK} Because.", **ANSWERS},
+    "earlier turns": {"instruction": "Hi", "history": [["a", "b"]], **ANSWERS},
+    "no question": transcripts(ASSISTANT),
+    "another name of the prompt": {"question": "Hi", **ANSWERS},
+}
+REASONS = {
+    "a call of a tool": "a call of a tool",
+    "an answer of a tool": "a call of a tool",
+    "an empty turn": "a turn without text",
+    "an unknown role": "unknown role 'narrator'",
+    "no role": "unknown role ''",
+    "another question": "prompts that differ",
+    "another question beside transcripts": "prompts that differ",
+    "one transcript": "prompts that differ",
+    "an answer in the prompt": "the prompt ends with an answer",
+    "earlier turns": "earlier turns in a column history: write them into the prompt",
+    "no question": "empty prompt",
+    "another name of the prompt": "no assistant turn "
+    "(rename the column of the question to prompt: question?)",
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_turns_that_cannot_be_read_are_counted(name):
+    pairs, report = load_pairs([trl(), UNUSABLE[name]])
+    assert len(pairs) == 1 and dict(report.dropped) == {REASONS[name]: 1}
 
 
 def test_messages_become_what_the_chat_template_writes():
@@ -228,7 +364,7 @@ def test_messages_become_what_the_chat_template_writes():
         (ultra(rejected=says("another question", "No.")), "prompts that differ"),
         (ultra(rejected=None), "empty side"),
         (ultra(chosen=[], rejected=[]), "empty side"),
-        ({"chosen": says("", "Yes."), "rejected": says("", "No.")}, "empty prompt"),
+        ({"chosen": says("", "Yes."), "rejected": says("", "No.")}, "a turn without text"),
         (
             {"prompt": "a", "chosen": "b \ud83d", "rejected": "c"},
             "broken characters (a lone surrogate)",
@@ -242,15 +378,13 @@ def test_what_upstream_rows_lack_is_counted(row, reason):
 
 def test_alpaca_joins_instruction_and_input():
     rows, report = load_demonstrations(
-        [alpaca(), alpaca("As a list."), alpaca("<noinput>"), alpaca(output="")]
+        [alpaca("<noinput>"), alpaca("As a list."), alpaca(), alpaca(output="")]
     )
     alone, joined = "Name the primary colours.", "Name the primary colours.\n\nAs a list."
-    assert rows["prompt"] == [f"{HUMAN} {prompt}{ASSISTANT}" for prompt in (alone, joined, alone)]
-    assert set(rows["chosen"]) == {" Red, blue, yellow."} and rows.column_names == [
-        "prompt",
-        "chosen",
-    ]
-    assert dict(report.dropped) == {"empty side": 1}
+    assert rows["prompt"] == [f"{HUMAN} {prompt}{ASSISTANT}" for prompt in (alone, joined)]
+    assert set(rows["chosen"]) == {" Red, blue, yellow."}
+    assert rows.column_names == ["prompt", "chosen"]
+    assert dict(report.dropped) == {"empty side": 1, "duplicate of an earlier row": 1}
 
 
 def test_demonstrations_from_other_formats():
@@ -262,7 +396,7 @@ def test_demonstrations_from_other_formats():
         {"chosen": says("Hi", "Hello!"), "rejected": says("Hi", "No.")},
     ]
     expected = {"prompt": f"{HUMAN} Hi{ASSISTANT}", "chosen": " Hello!"}
-    assert load_demonstrations(rows)[0].to_list() == [expected] * 5
+    assert [load_demonstrations([row])[0].to_list() for row in rows] == [[expected]] * 5
 
 
 def test_a_conversation_without_an_answer_is_counted():
@@ -318,7 +452,7 @@ def test_demonstrations_in_place_of_pairs_are_named_as_such():
         ),
         (
             ultra(chosen=[{"role": "user", "content": [{"type": "text"}]}]),
-            "column chosen: the content .* text, not list",
+            "column content of a message in chosen must hold text, not list",
         ),
         (shp(history=5), "column history must hold text, not int"),
         (comparison() | {"info": "t3_1"}, "column info must hold an object"),
@@ -331,58 +465,6 @@ def test_a_wrong_type_inside_a_known_format_is_named(row, problem):
 
 
 # --- in every kind of file
-
-
-@pytest.mark.parametrize(
-    "row", [shp(), comparison(), ultra(), trl()], ids=["shp", "comparison", "ultra", "trl"]
-)
-def test_formats_survive_json_lines_and_parquet(tmp_path, row):
-    """Parquet gives lists of structs back, with the fields in the order of the schema."""
-    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
-    Dataset.from_list([row]).to_parquet(str(tmp_path / "a.parquet"))
-    expected = load_pairs([row])[0].to_list()
-    assert (
-        load_pairs(tmp_path / "a.jsonl")[0].to_list()
-        == load_pairs(tmp_path / "a.parquet")[0].to_list()
-        == expected
-    )
-
-
-@pytest.mark.parametrize(("ending", "separator"), [("csv", ","), ("tsv", "\t")])
-def test_tables_with_quotes_line_breaks_and_a_byte_order_mark(tmp_path, ending, separator):
-    """As a spreadsheet writes them; SHP's numbers come as text."""
-    rows = [shp(0, human_ref_A='Say "eat", slowly.\nThen eat.'), shp(1)]
-    with open(tmp_path / f"a.{ending}", "w", encoding="utf-8-sig", newline="") as file:
-        table = csv.DictWriter(file, rows[0], delimiter=separator)
-        table.writeheader()
-        table.writerows(rows)
-    assert load_pairs(tmp_path / f"a.{ending}")[0].to_list() == load_pairs(rows)[0].to_list()
-
-
-@pytest.mark.parametrize(("line", "cells"), [("a,b,c,d", 4), ("a,b", 2)])
-def test_a_table_with_too_many_or_too_few_cells_is_named_by_line(tmp_path, line, cells):
-    (tmp_path / "a.csv").write_text(f"prompt,chosen,rejected\na,b,c\n{line}\n")
-    with pytest.raises(
-        DataError, match=f"a.csv, line 3: {cells} cells where the first line names 3 columns"
-    ):
-        load_pairs(tmp_path / "a.csv")
-
-
-def test_a_semicolon_table_is_not_guessed_at(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt;chosen;rejected\na;b;c\n")
-    with pytest.raises(DataError, match="the columns prompt;chosen;rejected is of no known format"):
-        load_pairs(tmp_path / "a.csv")
-
-
-def test_a_long_cell_of_a_table_is_read(tmp_path):
-    """The csv module refuses more than 131,072 characters unless told otherwise."""
-    (tmp_path / "a.csv").write_text(f"prompt,chosen,rejected\na,{'so ' * 60_000},c\n")
-    assert len(load_pairs(tmp_path / "a.csv")[0][0]["chosen"]) > 150_000
-
-
-def test_an_unknown_split_of_local_data_is_an_error():
-    with pytest.raises(DataError, match="there is no 'validation'"):
-        load_pairs([ultra()], "validation")
 
 
 def test_many_rows_are_arrow_and_text():
