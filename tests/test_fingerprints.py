@@ -20,7 +20,7 @@ def train():
 @pytest.fixture
 def tree(tmp_path, monkeypatch):
     """A small `common`; returns a function that changes a file of it and tells the new digest."""
-    monkeypatch.setattr(fingerprints, "ROOT", tmp_path)
+    monkeypatch.setattr(fingerprints, "_ROOT", tmp_path)
 
     def changed(name="", text=""):
         if name:
