@@ -11,7 +11,7 @@ WORKDIR /app
 COPY requirements.txt ./
 RUN grep -E '^(torch|transformers|accelerate|fastapi|uvicorn|httpx|prometheus-client|openai)==' requirements.txt \
       > serving.txt && pip install --no-cache-dir -r serving.txt
-COPY common ./common
+COPY deploy/serving ./deploy/serving
 RUN useradd --create-home server && mkdir /store && chown server /store
 USER server
 ENV HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
@@ -20,4 +20,4 @@ EXPOSE 8000
 HEALTHCHECK --start-period=120s CMD ["python", "-c", \
   "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/ready', timeout=5)"]
 STOPSIGNAL SIGTERM
-ENTRYPOINT ["python", "-m", "common.serving", "--host", "0.0.0.0", "--port", "8000", "--store", "/store/serving.sqlite"]
+ENTRYPOINT ["python", "-m", "deploy.serving", "--host", "0.0.0.0", "--port", "8000", "--store", "/store/serving.sqlite"]

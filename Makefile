@@ -5,13 +5,15 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements.txt)
 PIP := $(PY) -m pip install -qq --disable-pip-version-check
+# Two processes take one test file after the other; the notebooks, the longest file, come first.
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env labs test notebooks quality bench scaling clean
+.PHONY: help env labs test test-more notebooks quality bench gpu clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(STAMP) ## check this machine: packages, device, memory, disk, and the profile it will use
 	@$(PY) -m common.environment
@@ -19,9 +21,13 @@ env: $(STAMP) ## check this machine: packages, device, memory, disk, and the pro
 labs: $(STAMP) ## run all notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
 	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) -m tools.run_labs
 
-test: $(STAMP) ## lint, unit and parity tests, then every notebook on the smoke profile, offline
+test: $(STAMP) ## lint, unit and parity tests, and beside them every notebook on the smoke profile, offline
 	@$(PY) -m ruff check .
-	@$(PY) -m pytest --durations=10
+	@$(PY) -m ruff format --check -q .
+	@$(PY) -m pytest $(TWO) -m "not more" --durations=10
+
+test-more: $(STAMP) ## the slow tests that `make test` leaves out
+	@$(PY) -m pytest $(TWO) -m more --durations=10
 
 notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
 	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) -m tools.run_labs --fresh --in-place --record
@@ -34,8 +40,8 @@ quality: $(STAMP) ## train with three fresh seeds: the quality table and its thr
 bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a bar is missed (about 25 minutes)
 	@$(PY) -m benchmarks.step; step=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$step
 
-scaling: $(STAMP) ## how a step's time and memory grow with pairs, lengths, vocabulary and width (about 5 minutes)
-	@$(PY) -m benchmarks.scaling
+gpu: $(STAMP) ## speed and memory of every method at full size on this machine's NVIDIA GPU
+	@$(PY) -m benchmarks.gpu; gpu=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$gpu
 
 clean: ## remove caches and build outputs (keeps .venv and runs)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache

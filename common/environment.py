@@ -1,4 +1,4 @@
-"""Is this machine ready for the labs? `python -m common.environment` says so, one line per check.
+"""Is this machine ready for the labs? `python -m common.environment` prints one line per check.
 
 A line is OK, NOTE (good to know) or FIX (after the colon: what to do). With a FIX the exit status
 is 1.
@@ -15,9 +15,10 @@ from common import profiles
 
 Line = tuple[str, str]
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
-# GB: memory, disk (estimates). All notebooks leave some 30 models: 0.5 GB each for GPT-2, 2 GB for
-# Qwen2.5-0.5B in float32. A 7B model takes 14.5 GB in 16 bit: once in memory while an adapter is
-# merged, on disk the hub's and those of seven stages; the sweeps leave adapters.
+# GB of memory and of disk that all notebooks need (estimates). They leave about 30 models: 0.5 GB
+# each for GPT-2, 2 GB for Qwen2.5-0.5B in float32. A 7B model takes 14.5 GB in 16 bit: in memory
+# once, while an adapter is merged; on disk for the hub's copy and for seven stages. The sweeps
+# leave only adapters.
 ROOM = {
     "smoke": (2, 1),
     "cpu": (3, 2),
@@ -27,39 +28,36 @@ ROOM = {
 }
 
 
-def python_lines(version: tuple[int, ...] = sys.version_info[:3]) -> list[Line]:
-    text, remedy = (
-        "Python " + ".".join(map(str, version)),
-        "install Python 3.11 or newer, make .venv anew",
-    )
-    return [("OK", text) if version >= (3, 11) else ("FIX", f"{text}: {remedy}")]
+def python_line(version: tuple[int, ...] = sys.version_info[:3]) -> Line:
+    """Is this Python new enough?"""
+    text = "Python " + ".".join(map(str, version))
+    remedy = "install Python 3.11 or newer, make .venv anew"
+    return ("OK", text) if version >= (3, 11) else ("FIX", f"{text}: {remedy}")
 
 
 def read_pins(path: Path = REQUIREMENTS) -> dict[str, str]:
     """Package name → pinned version, from requirements.txt or else from the installed `common`."""
-    lines = (
-        path.read_text(encoding="utf-8").splitlines()
-        if path.exists()
-        else metadata.requires("common")
-    )
-    found = [
-        re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines or [] if "extra ==" not in line
-    ]
+    if path.exists():
+        lines = path.read_text(encoding="utf-8").splitlines()
+    else:
+        lines = [line for line in metadata.requires("common") or [] if "extra ==" not in line]
+    found = [re.match(r"([\w.-]+)==([^\s;]+)", line) for line in lines]
     return {match[1]: match[2] for match in found if match}
 
 
 def installed(name: str) -> str | None:
-    try:  # a build label is no part of the version: 2.13.0+cpu is 2.13.0
+    """The version of a package without its build label (2.13.0+cpu is 2.13.0), or None."""
+    try:
         return metadata.version(name).split("+")[0]
     except metadata.PackageNotFoundError:
         return None
 
 
 def package_lines(pins: dict[str, str]) -> list[Line]:
-    """Every pinned package against what is installed, and the course's own package."""
-    lines = (
-        [] if pins else [("FIX", "no pinned versions found: run this in the repository's folder")]
-    )
+    """Is every pinned package installed in that version, and the course's own package too?"""
+    lines = []
+    if not pins:
+        lines.append(("FIX", "no pinned versions found: run this in the repository's folder"))
     for name, pin in pins.items():
         version = installed(name)
         text = f"{name} {version}" if version else f"{name} is not installed"
@@ -77,63 +75,57 @@ def nvidia_gpus() -> list[str]:
         answer = subprocess.run(query, capture_output=True, text=True)
         if answer.returncode == 0:
             return answer.stdout.strip().splitlines()
-    folder = Path("/proc/driver/nvidia/gpus")
-    return (
-        [f"NVIDIA GPU at {gpu.name}" for gpu in sorted(folder.iterdir())] if folder.is_dir() else []
-    )
+    folders = sorted(Path("/proc/driver/nvidia/gpus").glob("*"))
+    return [f"NVIDIA GPU at {folder.name}" for folder in folders]
 
 
 def cuda_package_bytes() -> int:
     """Disk space of the CUDA packages that pip installs beside a CUDA build of torch."""
-    packages = [
-        dist for dist in metadata.distributions() if re.match(r"nvidia-|triton$", dist.name or "")
-    ]
+    found = metadata.distributions()
+    packages = [dist for dist in found if re.match(r"nvidia-|triton$", dist.name or "")]
     return sum(file.size or 0 for dist in packages for file in dist.files or [])
 
 
-def torch_lines(gpus: list[str], cuda: str | None, usable: bool, cuda_bytes: int) -> list[Line]:
-    """Does torch fit the machine? `cuda` is torch.version.cuda, `usable` is
-    torch.cuda.is_available().
+def torch_line(gpus: list[str], cuda: str | None, usable: bool, cuda_bytes: int) -> Line:
+    """Does this build of torch fit the machine?
+
+    Args: `cuda` is torch.version.cuda, `usable` is torch.cuda.is_available().
     """
     here = ", ".join(gpus) or ("a GPU that torch can use" if usable else "no NVIDIA GPU")
     build = "build of the same torch version; 'Get started' on the PyTorch site gives the command"
     if gpus and not cuda:
-        return [("FIX", f"{here}, but this torch is built for CPUs only: install the CUDA {build}")]
+        return "FIX", f"{here}, but this torch is built for CPUs only: install the CUDA {build}"
     if gpus and not usable:
-        return [("FIX", f"{here}, but torch (CUDA {cuda}) cannot use it: update the NVIDIA driver")]
+        return "FIX", f"{here}, but torch (CUDA {cuda}) cannot use it: update the NVIDIA driver"
     if not usable and (cuda or cuda_bytes > 1e9):
-        text = f"{here}, but {cuda_bytes / 1e9:.1f} GB of CUDA packages (the labs run; to free the space)"
-        return [("FIX", f"{text}: make .venv anew, and in it install first the CPU {build}")]
-    return [("OK", f"{here}, and torch is built for {f'CUDA {cuda}' if cuda else 'CPU'}")]
+        size = f"{cuda_bytes / 1e9:.1f} GB of CUDA packages (the labs run; to free the space)"
+        remedy = f"make .venv anew, and in it install first the CPU {build}"
+        return "FIX", f"{here}, but {size}: {remedy}"
+    return "OK", f"{here}, and torch is built for {f'CUDA {cuda}' if cuda else 'CPU'}"
 
 
 def profile_lines(profile: profiles.Profile, device: str, dtype: str, why: str) -> list[Line]:
+    """Which device, precision and profile the labs will use, and whether they fit each other."""
     lines = [("OK", f"device {device}, precision {dtype} ({why})")]
     if device == "cpu" and profile.four_bit:
         lines.append(("FIX", f"profile {profile.name} needs a CUDA GPU: set LAB_PROFILE=cpu"))
     elif device == "cpu" and profile.name not in ("smoke", "cpu"):
         lines.append(("NOTE", f"profile {profile.name} is made for a GPU and slow without one"))
     folder = profile.folder
-    if folder.is_relative_to(
-        profiles.ROOT
-    ):  # inside the repository: the same line on every machine
+    if folder.is_relative_to(profiles.ROOT):
         folder = folder.relative_to(profiles.ROOT)
-    return [
-        *lines,
-        ("OK", f"profile {profile.name} ({profile.reason}); its runs go to {folder.as_posix()}"),
-    ]
+    text = f"profile {profile.name} ({profile.reason}); its runs go to {folder.as_posix()}"
+    return [*lines, ("OK", text)]
 
 
 def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) -> list[Line]:
-    lines, (memory, disk) = [], ROOM[profile.name]
+    """Is there enough memory and disk for a profile?"""
+    memory, disk = ROOM[profile.name]
+    smaller, other = "choose a smaller LAB_PROFILE", "free some, or set LAB_RUNS to a larger disk"
+    lines = []
     for what, has, needs, remedy in (
-        ("memory", memory_bytes / 1e9, memory, "choose a smaller LAB_PROFILE"),
-        (
-            "free disk",
-            free_bytes / 1e9,
-            disk,
-            "free some, or set LAB_RUNS to a folder on a larger disk",
-        ),
+        ("memory", memory_bytes / 1e9, memory, smaller),
+        ("free disk", free_bytes / 1e9, disk, other),
     ):
         text = f"{has:.1f} GB of {what}; profile {profile.name} asks for {needs} GB"
         lines.append(("OK", text) if has >= needs else ("FIX", f"{text}: {remedy}"))
@@ -141,25 +133,25 @@ def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) ->
 
 
 def all_lines() -> list[Line]:
-    lines = python_lines() + package_lines(read_pins())
+    """Every check of this machine, as far as it can go."""
+    lines = [python_line(), *package_lines(read_pins())]
     try:
         import psutil
         import torch
 
         profile = profiles.get_profile()
-    except (
-        ImportError,
-        OSError,
-    ) as error:  # OSError: torch is there, but a library that it loads is not
+    except (ImportError, OSError) as error:  # OSError: a library that torch loads is not there
         return [*lines, ("FIX", f"{error}: install what is named above, then check again")]
     except ValueError as error:
         return [*lines, ("FIX", f"{error} The profile is unknown: correct or unset LAB_PROFILE")]
+    build = torch.version.cuda, torch.cuda.is_available()
     place = next(place for place in (profile.folder.absolute() / "sft").parents if place.exists())
-    lines += torch_lines(
-        nvidia_gpus(), torch.version.cuda, torch.cuda.is_available(), cuda_package_bytes()
-    )
-    lines += profile_lines(profile, *profiles.device_and_precision())
-    return lines + room_lines(profile, psutil.virtual_memory().total, shutil.disk_usage(place).free)
+    return [
+        *lines,
+        torch_line(nvidia_gpus(), *build, cuda_package_bytes()),
+        *profile_lines(profile, *profiles.device_and_precision()),
+        *room_lines(profile, psutil.virtual_memory().total, shutil.disk_usage(place).free),
+    ]
 
 
 def main() -> int:

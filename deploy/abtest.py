@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import ceil, sqrt
 
 import numpy as np
-from scipy.stats import binom, norm
+from scipy.stats import binom, binomtest, norm
 
 
 @dataclass(frozen=True)
@@ -22,40 +22,30 @@ class TwoShares:
     p_value: float
 
 
-def wilson(up: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """95 % interval of a share: score interval of Wilson 1927, which stays within 0 and 1."""
-    p, middle = up / n, (up / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def z_score(up_a, n_a, up_b, n_b):
-    """(share B - share A) in standard errors, with the pooled share; 0 where all or none are up.
-    Arrays are fine.
-    """
+def _z_score(up_a, n_a, up_b, n_b) -> np.ndarray:
+    """(share B - share A) in standard errors, with the pooled share; 0 where all or none are up."""
     pooled = (up_a + up_b) / (n_a + n_b)
     spread = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
-    return np.divide(
-        up_b / n_b - up_a / n_a, spread, out=np.zeros_like(spread, dtype=float), where=spread > 0
-    )
+    zero = np.zeros_like(spread, dtype=float)
+    return np.divide(up_b / n_b - up_a / n_a, spread, out=zero, where=spread > 0)
 
 
 def two_shares(up_a: int, n_a: int, up_b: int, n_b: int) -> TwoShares:
-    """Compares two arms, each user counted once. The interval is Newcombe's (1998, method 10).
+    """Compares two arms, each user counted once. The interval is Newcombe's (1998, method 10),
+    from the Wilson interval of each arm.
 
     Raises: ValueError for an arm without votes, or more thumbs up than votes.
     """
     if min(n_a, n_b) < 1 or not (0 <= up_a <= n_a and 0 <= up_b <= n_b):
-        raise ValueError(
-            f"Each arm needs votes, and no more thumbs up than votes: {up_a}/{n_a}, {up_b}/{n_b}."
-        )
+        counts = f"{up_a}/{n_a}, {up_b}/{n_b}"
+        raise ValueError(f"Each arm needs votes, and no more thumbs up than votes: {counts}.")
     a, b = up_a / n_a, up_b / n_b
-    (low_a, high_a), (low_b, high_b) = wilson(up_a, n_a), wilson(up_b, n_b)
-    interval = (
-        b - a - sqrt((b - low_b) ** 2 + (high_a - a) ** 2),
-        b - a + sqrt((high_b - b) ** 2 + (a - low_a) ** 2),
-    )
-    z = float(z_score(*(np.asarray(v, dtype=float) for v in (up_a, n_a, up_b, n_b))))
+    low_a, high_a = binomtest(up_a, n_a).proportion_ci(method="wilson")
+    low_b, high_b = binomtest(up_b, n_b).proportion_ci(method="wilson")
+    below = sqrt((b - low_b) ** 2 + (high_a - a) ** 2)
+    above = sqrt((high_b - b) ** 2 + (a - low_a) ** 2)
+    z = float(_z_score(*np.array([up_a, n_a, up_b, n_b], dtype=float)))
+    interval = (b - a - below, b - a + above)
     return TwoShares(a, b, b - a, interval, float(2 * norm.sf(abs(z))))
 
 
@@ -92,11 +82,8 @@ def chance_of_a_winner(
         for axis, share in enumerate((share_a, share_b)):
             more = binom.pmf(step, per_look, share)
             alive = np.apply_along_axis(np.convolve, axis, alive, more)
-        n = float(look * per_look)
-        up_a, up_b = np.meshgrid(
-            *(np.arange(size, dtype=float) for size in alive.shape), indexing="ij"
-        )
-        named = np.abs(z_score(up_a, n, up_b, n)) > limit
+        n, (up_a, up_b) = float(look * per_look), np.indices(alive.shape, dtype=float)
+        named = np.abs(_z_score(up_a, n, up_b, n)) > limit
         stopped += float(alive[named].sum())
         alive = np.where(named, 0.0, alive)
         found.append(stopped)
@@ -111,22 +98,15 @@ def votes_by_arm(rows: list[dict], horizon: int | None = None) -> dict[str, tupl
         independent, so a user counts once, however much he asks. `horizon`: the first so many users
         of each arm, as planned; later ones would be another look.
     """
-    first: dict[tuple[str, str], int] = {}
+    first: dict[str, dict[str, int]] = {}  # model → user → rating
     for row in rows:
         if row["assigned"] and row["user"] and row["rating"]:
-            first.setdefault((row["model"], row["user"]), row["rating"])
-    models = sorted({model for model, _ in first})
-    votes = {
-        model: [rating for (name, _), rating in first.items() if name == model][:horizon]
-        for model in models
-    }
-    return {
-        model: (sum(rating == 1 for rating in ratings), len(ratings))
-        for model, ratings in votes.items()
-    }
+            first.setdefault(row["model"], {}).setdefault(row["user"], row["rating"])
+    votes = {model: list(first[model].values())[:horizon] for model in sorted(first)}
+    return {model: (ratings.count(1), len(ratings)) for model, ratings in votes.items()}
 
 
-def verdict(
+def ab_decision(
     votes: dict[str, tuple[int, int]], control: str, candidate: str, horizon: int
 ) -> tuple[str, TwoShares]:
     """What the test says once both arms have `horizon` users, and not before: "wait", a winner's

@@ -1,33 +1,30 @@
-"""Watching a service and learning from it: traffic, feedback, drift, one more round of training,
-and the decision.
+"""Learning from a service: traffic, feedback as preference pairs, one more round of training, and
+the decision.
 
 Where nobody is there to vote, the rule of the embedded world stands in for people.
 """
 
 import hashlib
 import random
-import re
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from math import sqrt
 from pathlib import Path
-from statistics import mean, pstdev
 
 import httpx
-from datasets import Dataset
 
-from common.data import load_pairs, tokenize_response
-from common.evaluation import Answer, WinRate, generate, logps_of, measure
+from common.comparison import measure
+from common.data import load_pairs
+from common.evaluation import Answer, Sampling, WinRate, generate
+from common.io.formats import dialogue, messages_of
 from common.judges import Judge, head_to_head
 from common.lab import Lab
 from common.toyworld import World
 from common.training import Run, train
-from deploy.serving.prompts import prompt_text
-from deploy.serving.reports import preference_pairs
+from common.training.task import Source
+from deploy.serving.reports import answers
 from deploy.serving.store import Store
 
 GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
@@ -39,15 +36,6 @@ GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
 
 
 # Traffic and people.
-
-
-def messages_of(prompt: str) -> list[dict]:
-    """A prompt of the course as chat messages; the chat template writes the same text again."""
-    turns = re.findall(
-        r"\n\n(Human|Assistant):(.*?)(?=\n\n(?:Human|Assistant):|\Z)", prompt, re.DOTALL
-    )
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in turns if said.strip()]
 
 
 def user_prompts(world: World, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
@@ -83,15 +71,8 @@ def ask(
                 first = first or time.perf_counter() - start
                 text += piece
         seconds = time.perf_counter() - start
-        return {
-            "id": chunk.id,
-            "user": user,
-            "prompt": prompt,
-            "text": text,
-            "model": chunk.model,
-            "seconds": seconds,
-            "first_token_seconds": first or seconds,
-        }
+        reply = {"id": chunk.id, "user": user, "prompt": prompt, "text": text, "model": chunk.model}
+        return reply | {"seconds": seconds, "first_token_seconds": first or seconds}
 
     with ThreadPoolExecutor(workers) as pool:
         return list(pool.map(one, requests))
@@ -112,12 +93,9 @@ class RulePeople:
 
     def vote(self, user: str, prompt: str, text: str) -> tuple[int, bool]:
         """(1 or -1, may it be used for training?)"""
-        slips, consents = (
-            self._chance(user, prompt, text) < self.slips,
-            self._chance(user) < self.consenting,
-        )
         pleased = self.world.judge(prompt, text).score >= self.content
-        return (1 if pleased != slips else -1), consents
+        slips = self._chance(user, prompt, text) < self.slips
+        return (1 if pleased != slips else -1), self._chance(user) < self.consenting
 
     @staticmethod
     def _chance(*parts: str) -> float:
@@ -128,55 +106,66 @@ def send_votes(
     url: str, key: str, replies: list[dict], people: RulePeople, workers: int = 8
 ) -> int:
     """Sends the people's votes on answers of `ask` to `/v1/feedback` of the service at `url`.
-    Returns: thumbs up.
 
-    Raises: httpx.HTTPStatusError for a vote that was not kept.
+    Returns: thumbs up. Raises: httpx.HTTPStatusError for a vote that was not kept.
     """
-    with httpx.Client(
-        headers={"authorization": f"Bearer {key}"}, trust_env=False, timeout=60
-    ) as client:
+    headers = {"authorization": f"Bearer {key}"}
 
-        def one(reply: dict) -> int:
-            rating, consent = people.vote(reply["user"], reply["prompt"], reply["text"])
-            body = {
-                "request_id": reply["id"],
-                "rating": "up" if rating > 0 else "down",
-                "consent": consent,
-            }
-            client.post(f"{url}/feedback", json=body).raise_for_status()
-            return rating
+    def one(reply: dict) -> bool:
+        rating, consent = people.vote(reply["user"], reply["prompt"], reply["text"])
+        thumb = "up" if rating > 0 else "down"
+        body = {"request_id": reply["id"], "rating": thumb, "consent": consent}
+        client.post(f"{url}/feedback", json=body).raise_for_status()
+        return rating > 0
 
-        with ThreadPoolExecutor(workers) as pool:
-            return sum(rating > 0 for rating in pool.map(one, replies))
+    with (
+        httpx.Client(headers=headers, trust_env=False, timeout=60) as client,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        return sum(pool.map(one, replies))
 
 
-def pairs_in_process(people: RulePeople, answers: list[list[Answer]]) -> list[dict]:
+def pairs_in_process(people: RulePeople, groups: list[list[Answer]]) -> list[dict]:
     """Preference pairs from votes on answers that were generated here, through the same store as
     the gateway's.
     """
     with tempfile.TemporaryDirectory(prefix="votes-") as folder:
-        store, waiting = Store(path := Path(folder) / "votes.sqlite"), []
-        for at, answer in enumerate(one for group in answers for one in group):
-            user, row = (
-                f"user-{at}",
-                {"id": str(at), "created": float(at), "caller": "local", "experiment": "default"},
-            )
-            row |= {
-                "model": "local",
-                "assigned": 0,
-                "status": 200,
-                "messages": messages_of(answer.prompt),
-            }
-            store.add_request(**row, user=user, answer=answer.text)
-            waiting.append(
-                store.add_feedback(
-                    str(at), "local", *people.vote(user, answer.prompt, answer.text), None
-                )
-            )
-        for future in waiting:
-            future.result()
+        store, votes = Store(Path(folder) / "votes.sqlite"), []
+        same = {"caller": "local", "experiment": "default", "model": "local", "assigned": 0}
+        for at, answer in enumerate(one for group in groups for one in group):
+            row = {"id": str(at), "created": float(at), "status": 200, "answer": answer.text}
+            store.add_request(**same, **row, messages=messages_of(answer.prompt))
+            rating, consent = people.vote(f"user-{at}", answer.prompt, answer.text)
+            votes.append(store.add_feedback(str(at), "local", rating, consent, None))
+        for vote in votes:
+            vote.result()
         store.close()
-        return preference_pairs(path)
+        return preference_pairs(store.path)
+
+
+def preference_pairs(
+    path: Path, experiment: str = "default", model: str | None = None
+) -> list[dict]:
+    """New training rows {prompt, chosen, rejected} from the feedback in a store, each once.
+
+    Only answers whose latest feedback gives consent count, and with `model` only that model's
+    answers. On one prompt, an answer with more thumbs up than down is better than one with more
+    down than up; an answer with as many of both says nothing. A correction is better than the
+    answer it corrects. Where two pairs contradict each other, both are left out.
+    """
+    votes, pairs = defaultdict(Counter), set()  # prompt → text → thumbs up minus thumbs down
+    for row in answers(path, experiment):
+        if not row["consent"] or row["messages"] is None or model not in (None, row["model"]):
+            continue
+        prompt, text = dialogue(row["messages"]), row["answer"].strip()
+        votes[prompt][text] += row["rating"]
+        pairs.add((prompt, (row["correction"] or "").strip(), text))
+    for prompt, counts in votes.items():
+        liked = [text for text, score in counts.items() if score > 0]
+        disliked = [text for text, score in counts.items() if score < 0]
+        pairs |= {(prompt, better, worse) for better in liked for worse in disliked}
+    pairs = {(p, a, b) for p, a, b in pairs if a and b and a != b and (p, b, a) not in pairs}
+    return [{"prompt": p, "chosen": f" {a}", "rejected": f" {b}"} for p, a, b in sorted(pairs)]
 
 
 def balanced(pairs: list[dict], per_question: int = 2, seed: int = 0) -> list[dict]:
@@ -189,76 +178,8 @@ def balanced(pairs: list[dict], per_question: int = 2, seed: int = 0) -> list[di
     for pair in pairs:
         by_question[pair["prompt"]].append(pair)
     draw = random.Random(seed)
-    return [
-        pair
-        for rows in by_question.values()
-        for pair in draw.sample(rows, min(per_question, len(rows)))
-    ]
-
-
-# Drift.
-
-
-def signals(
-    rows: list[dict], refused: Callable[[str, str], bool] | None, reference, tokenizer
-) -> list[dict[str, float]]:
-    """Per answer: `length_tokens`, `ended_with_eos`, `surprise` (its NLL per token under
-    `reference`) and `refused`.
-
-    Args: `rows` of `deploy.serving.reports.answers` whose texts were not forgotten;
-        `refused(prompt, answer)`: None where nobody can tell, and the signal is left out.
-    """
-    limit = getattr(reference.config, "max_position_embeddings", None) or 10**9
-    texts = [(prompt_text(row["messages"]), " " + row["answer"].strip()) for row in rows]
-    parts = [tokenize_response(prompt, answer, tokenizer, limit) for prompt, answer in texts]
-    scored = logps_of(
-        reference, [{"prompt_ids": prompt, "chosen_ids": ids} for prompt, ids, _ in parts]
-    ).chosen.means
-    return [
-        {
-            "length_tokens": float(len(ids)),
-            "ended_with_eos": float(row["finish_reason"] == "stop"),
-            "surprise": -float(logp),
-        }
-        | ({"refused": float(refused(prompt, answer))} if refused else {})
-        for row, (prompt, answer), (_, ids, _), logp in zip(rows, texts, parts, scored, strict=True)
-    ]
-
-
-def drift_limits(
-    baseline: list[dict[str, float]], window: int, z: float = 3.0
-) -> dict[str, tuple[float, float]]:
-    """Of each signal, the band in which the mean of `window` answers stays if nothing has changed.
-
-    The baseline's mean ± z standard errors; those of the baseline's own mean are counted too. Four
-    signals at z = 3 give a false alarm in about one window of a hundred.
-    Raises: ValueError for a baseline of fewer than 2 answers, or an empty window.
-    """
-    if len(baseline) < 2 or window < 1:
-        raise ValueError("A baseline needs at least 2 answers, and a window at least 1.")
-    limits, size = {}, len(baseline)
-    for name in baseline[0]:
-        values = [row[name] for row in baseline]
-        # A share that never varied in the baseline may yet vary: one more answer of each kind is
-        # assumed.
-        share = set(values) <= {0.0, 1.0}
-        spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if share else 0.0)
-        half = z * spread * sqrt(1 / window + 1 / size)
-        low, high = mean(values) - half, mean(values) + half
-        limits[name] = (max(0.0, low), min(1.0, high)) if share else (low, high)
-    return limits
-
-
-def alarms(
-    rows: list[dict[str, float]], limits: dict[str, tuple[float, float]]
-) -> dict[str, float]:
-    """Signals whose mean over these answers is outside its limits, with that mean."""
-    means = {name: mean(row[name] for row in rows) for name in limits}
-    return {
-        name: value
-        for name, value in means.items()
-        if not limits[name][0] <= value <= limits[name][1]
-    }
+    kept = [draw.sample(rows, min(per_question, len(rows))) for rows in by_question.values()]
+    return [pair for pairs in kept for pair in pairs]
 
 
 # The next round.
@@ -269,9 +190,8 @@ def next_round(lab: Lab, stage: str, pairs: list[dict], sweep: str = "round-2", 
 
     Raises: DataError for no pair; MissingRun where `stage` was not trained.
     """
-    clean, _ = load_pairs(Dataset.from_list(pairs).to_list() if pairs else [])
-    changes = {"evaluations": 1, **changes}
-    return train(lab, "dpo", sweep=sweep, parent=stage, reference=stage, pairs=clean, **changes)
+    source = Source(parent=stage, reference=stage, pairs=load_pairs(pairs)[0])
+    return train(lab, "dpo", sweep, source, **{"evaluations": 1, **changes})
 
 
 def gains(
@@ -298,9 +218,10 @@ def round_in_process(lab: Lab, stage: str, prompts: int, users: int, judge: Judg
     Needs the embedded world and the stage. Returns: `rate` (WinRate), `before`, `after` (measures),
     `pairs` (count).
     """
-    sizes = {"max_new_tokens": lab.profile.max_new_tokens, "samples": users, "seed": lab.seed + 1}
-    own = generate(lab.load(stage), lab.tokenizer, user_prompts(lab.data.world, prompts), **sizes)
-    pairs = balanced(pairs_in_process(RulePeople(lab.data.world), own), seed=lab.seed)
+    world, asked = lab.data.world, user_prompts(lab.data.world, prompts)
+    sampling = Sampling(lab.profile.max_new_tokens, samples=users, seed=lab.seed + 1)
+    own = generate(lab.load(stage), lab.tokenizer, asked, sampling)
+    pairs = balanced(pairs_in_process(RulePeople(world), own), seed=lab.seed)
     before, found = gains(lab, stage, {"round 2": next_round(lab, stage, pairs).model}, judge)
     rate, after = found["round 2"]
     return {"rate": rate, "before": before, "after": after, "pairs": len(pairs)}
@@ -327,13 +248,11 @@ def decide(rate: WinRate, before: dict, after: dict) -> Decision:
         if before.get(name) is None or after.get(name) is None:
             skipped.append(name)
         elif worse * (after[name] - before[name]) > slack:
-            broken.append(
-                f"guard {name}: {before[name]:.3f} → {after[name]:.3f}, tolerated {worse * slack:+.2f}"
-            )
+            change = f"{before[name]:.3f} → {after[name]:.3f}, tolerated {worse * slack:+.2f}"
+            broken.append(f"guard {name}: {change}")
     said = f"win rate {rate.rate:.3f} [{low:.3f}, {high:.3f}]"
     notes = (f"not guarded, since not measured: {', '.join(skipped)}",) if skipped else ()
     if broken or high < 0.5:
         return Decision("roll back", (said, *broken, *notes))
-    return Decision(
-        "promote" if low > 0.5 else "keep the old one", (said, "no guard is broken", *notes)
-    )
+    action = "promote" if low > 0.5 else "keep the old one"
+    return Decision(action, (said, "no guard is broken", *notes))

@@ -3,13 +3,16 @@ measured, in seconds.
 """
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from statistics import mean
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
+
+from common.data import left_padded
+from common.evaluation import Sampling, generate
 
 
 @dataclass(frozen=True)
@@ -22,9 +25,6 @@ class Speed:
     latency_p50: float
     latency_p95: float
     runs: int
-
-    def as_dict(self) -> dict:
-        return asdict(self)
 
 
 class Stopwatch(BaseStreamer):
@@ -42,25 +42,8 @@ class Stopwatch(BaseStreamer):
         pass
 
 
-def left_padded(tokenizer, prompts: list[str], device) -> dict[str, torch.Tensor]:
-    """input_ids and attention_mask of prompts that all end in the last column."""
-    rows = tokenizer(prompts)["input_ids"]
-    longest, end = max(map(len, rows)), tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (longest - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor(
-        [[0] * (longest - len(row)) + [1] * len(row) for row in rows], device=device
-    )
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def speed(
-    model,
-    tokenizer,
-    prompts: list[str],
-    new_tokens: int,
-    batch: int = 1,
-    use_cache: bool = True,
-    runs: int = 5,
+    model, tokenizer, prompts: list[str], new_tokens: int, batch=1, use_cache=True, runs=5
 ) -> Speed:
     """Measures greedy generation of exactly `new_tokens` per row (EOS is ignored): every setting
     does equal work.
@@ -71,13 +54,13 @@ def speed(
     """
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
     if runs < 1 or max(map(len, tokenizer(prompts)["input_ids"])) + new_tokens > context:
-        raise ValueError(
-            f"At least one run is needed, and prompts with {new_tokens} new tokens within {context}."
-        )
-    firsts, latencies = [], []
+        said = f"prompts with {new_tokens} new tokens within {context}."
+        raise ValueError(f"At least one run is needed, and {said}")
+    firsts, latencies, end = [], [], tokenizer.eos_token_id
     for run in range(runs + 1):
         chosen = [prompts[(run * batch + i) % len(prompts)] for i in range(batch)]
-        inputs, watch = left_padded(tokenizer, chosen, model.device), Stopwatch()
+        inputs = left_padded(tokenizer(chosen)["input_ids"], end, model.device)
+        watch = Stopwatch()
         start = time.perf_counter()
         with torch.no_grad():
             model.generate(
@@ -86,7 +69,7 @@ def speed(
                 min_new_tokens=new_tokens,
                 do_sample=False,
                 use_cache=use_cache,
-                pad_token_id=tokenizer.eos_token_id,
+                pad_token_id=end,
                 streamer=watch,
             )
         if run:
@@ -104,29 +87,15 @@ def forward_tokens(prompt: int, new: int, use_cache: bool) -> int:
     return prompt + new - 1 if use_cache else sum(prompt + step for step in range(new))
 
 
-def kv_cache_bytes(config, tokens: int, bytes_per_value: int = 4) -> int:
-    """Memory of the keys and values of `tokens` tokens of one row."""
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * width * tokens * bytes_per_value
-
-
-@torch.no_grad()
 def static_batches(
     model, tokenizer, prompts: list[str], new_tokens: int, batch: int
 ) -> tuple[list[list[int]], float]:
     """(greedy answers with EOS, seconds): batches of fixed rows, each as slow as its longest
     answer.
     """
-    answers, end, start = [], tokenizer.eos_token_id, time.perf_counter()
-    for at in range(0, len(prompts), batch):
-        inputs = left_padded(tokenizer, prompts[at : at + batch], model.device)
-        out = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=end, eos_token_id=end
-        )
-        new = out[:, inputs["input_ids"].shape[1] :].tolist()
-        answers += [row[: row.index(end) + 1] if end in row else row for row in new]
-    return answers, time.perf_counter() - start
+    start = time.perf_counter()
+    groups = generate(model, tokenizer, prompts, Sampling(new_tokens, temperature=0), batch)
+    return [list(group[0].chosen_ids) for group in groups], time.perf_counter() - start
 
 
 def continuous_batches(
@@ -143,23 +112,18 @@ def continuous_batches(
 
     end, ids = tokenizer.eos_token_id, tokenizer(prompts)["input_ids"]
     settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        eos_token_id=end,
-        pad_token_id=tokenizer.pad_token_id,
+        max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
     )
     pages = -(-(max(map(len, ids)) + new_tokens) // 32)
     sizes = {} if model.device.type == "cuda" else {"page_size": 32, "num_blocks": pages * rows}
     config = ContinuousBatchingConfig(max_batch_tokens=256, max_requests_per_batch=rows, **sizes)
     start = time.perf_counter()
-    done = model.generate_batch(
-        ids, generation_config=settings, continuous_batching_config=config, warmup=False
-    )
+    options = {"generation_config": settings, "continuous_batching_config": config}
+    done = model.generate_batch(ids, **options, warmup=False)
     seconds = time.perf_counter() - start
     if len(done) < len(ids) or any(answer.error for answer in done.values()):
-        raise RuntimeError(
-            f"Continuous batching answered {len(done)} of {len(ids)} prompts, or failed on some."
-        )
+        said = f"answered {len(done)} of {len(ids)} prompts, or failed on some."
+        raise RuntimeError(f"Continuous batching {said}")
     numbered = sorted(done.items(), key=lambda item: int(item[0].rsplit("_", 1)[1]))
     return [list(answer.generated_tokens) for _, answer in numbered], seconds
 

@@ -8,6 +8,7 @@ again.
 import contextlib
 import io
 import logging
+import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,14 +18,17 @@ import torch
 from transformers import BitsAndBytesConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from common.evaluation import generate, logps_of, perplexity
+from common.evaluation import Sampling, generate, logps_of, perplexity
 from common.io.files import written_whole
 from common.judges import Judge, head_to_head
 from common.lab import Lab
+from common.memory.meter import bytes_of
+from common.models import four_bit_settings
 from deploy.export import load_exported
 from deploy.inference import speed
 
-VARIANTS = ("float32", "bfloat16", "bnb-int8", "bnb-nf4", "onnx-float32", "onnx-int8")
+INPUTS = ("input_ids", "attention_mask", "position_ids", "keep")  # of a model written as ONNX
+PRECISIONS = ("float32", "bfloat16", "bnb-int8", "bnb-nf4", "onnx-float32", "onnx-int8")
 
 
 class QuantizeError(RuntimeError):
@@ -32,7 +36,7 @@ class QuantizeError(RuntimeError):
 
 
 @dataclass
-class Variant:
+class ModelVariant:
     """One way to keep and run the weights. `use_cache`: does it keep keys and values of the tokens
     read so far?
     """
@@ -51,9 +55,8 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     """
 
     main_input_name = "input_ids"
-    _supports_sdpa = (
-        True  # the graph has its own attention; this only satisfies a check of the library
-    )
+    # The graph has its own attention: this only satisfies a check of the library.
+    _supports_sdpa = True
 
     def __init__(self, config, path: Path):
         import onnxruntime
@@ -61,12 +64,10 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        self.session = onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"]
-        )
-        self.head = (
-            torch.nn.Identity()
-        )  # `common.logprobs` asks the output head for the scored positions only
+        providers = ["CPUExecutionProvider"]
+        self.session = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        # `common.logprobs` asks the output head for the scored positions only.
+        self.head = torch.nn.Identity()
         self.generation_config.use_cache = False
 
     @property
@@ -76,19 +77,12 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self):
         return self.head
 
-    def forward(
-        self, input_ids, attention_mask=None, logits_to_keep: int = 0, **_
-    ) -> CausalLMOutput:
+    def forward(self, input_ids, attention_mask=None, logits_to_keep: int = 0, **_):
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         places = (mask.cumsum(1) - 1).clamp(min=0)
         keep = torch.arange(input_ids.shape[1])[-logits_to_keep:]
-        inputs = {
-            "input_ids": input_ids,
-            "attention_mask": mask,
-            "position_ids": places,
-            "keep": keep,
-        }
-        logits = self.session.run(None, {name: value.numpy() for name, value in inputs.items()})[0]
+        values = [tensor.numpy() for tensor in (input_ids, mask, places, keep)]
+        logits = self.session.run(None, dict(zip(INPUTS, values, strict=True)))[0]
         return CausalLMOutput(logits=self.head(torch.from_numpy(logits)))
 
     def prepare_inputs_for_generation(self, input_ids, attention_mask=None, **_):
@@ -105,12 +99,13 @@ class _Graph(torch.nn.Module):
         self.model = model
 
     def forward(self, input_ids, attention_mask, position_ids, keep):
-        parts = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids,
-        }
-        return self.model(**parts, logits_to_keep=keep, use_cache=False).logits
+        return self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            logits_to_keep=keep,
+            use_cache=False,
+        ).logits
 
 
 @contextlib.contextmanager
@@ -118,17 +113,14 @@ def _quiet():
     """Silences the exporters, which say much that is of no use here. What they raise still comes
     through.
     """
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "root", "")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
             yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+    finally:
+        logging.disable(before)
 
 
 def write_onnx(source: Path, folder: Path) -> Path:
@@ -141,27 +133,25 @@ def write_onnx(source: Path, folder: Path) -> Path:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = load_exported(source, dtype=torch.float32)[0]
-    ids = torch.arange(2, 14).reshape(
-        2, 6
-    )  # any batch and length but 0 and 1, which would be taken as fixed
+    # Any batch and length but 0 and 1, which would be taken as fixed.
+    ids = torch.arange(2, 14).reshape(2, 6)
     places, keep = torch.arange(6).repeat(2, 1), torch.arange(3)
-    names, free = ("input_ids", "attention_mask", "position_ids", "keep"), torch.export.Dim.DYNAMIC
-    shapes = {name: {0: free} if name == "keep" else {0: free, 1: free} for name in names}
+    free = torch.export.Dim.DYNAMIC
+    shapes = {name: {0: free} if name == "keep" else {0: free, 1: free} for name in INPUTS}
     with _quiet(), written_whole(folder) as scratch:
         scratch.mkdir()
         program = torch.onnx.export(
             _Graph(model),
             (ids, torch.ones_like(ids), places, keep),
-            input_names=names,
+            input_names=INPUTS,
             output_names=["logits"],
             dynamic_shapes=shapes,
             dynamo=True,
             verbose=False,
         )
-        program.save(scratch / "float32.onnx")
-        quantize_dynamic(
-            scratch / "float32.onnx", scratch / "int8.onnx", weight_type=QuantType.QInt8
-        )
+        exact, rounded = scratch / "float32.onnx", scratch / "int8.onnx"
+        program.save(exact)
+        quantize_dynamic(exact, rounded, weight_type=QuantType.QInt8)
     return folder
 
 
@@ -170,86 +160,64 @@ def _size(path: Path, *patterns: str) -> int:
     return sum(file.stat().st_size for pattern in patterns for file in path.glob(pattern))
 
 
-def _onnx(name: str, source: Path, folder: Path) -> Variant:
+def _save(loaded: tuple, folder: Path) -> None:
+    """Writes (model, tokenizer) to `folder`, whole or not at all."""
+    with written_whole(folder) as scratch:
+        for part in loaded:
+            part.save_pretrained(scratch)
+
+
+def _onnx(name: str, source: Path, folder: Path) -> ModelVariant:
     import onnx
 
     if not (folder / "onnx").exists():
         write_onnx(source, folder / "onnx")
     path = folder / "onnx" / f"{name.removeprefix('onnx-')}.onnx"
     tensors = onnx.load(path).graph.initializer
-    bits = {
-        onnx.TensorProto.INT8: 1,
-        onnx.TensorProto.UINT8: 1,
-        onnx.TensorProto.FLOAT: 4,
-        onnx.TensorProto.INT64: 8,
-    }
     counts = [
-        (int(torch.Size(tensor.dims).numel()), bits.get(tensor.data_type, 4)) for tensor in tensors
+        (math.prod(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+        for tensor in tensors
     ]
-    small, everything = sum(n for n, size in counts if size == 1), sum(n for n, _ in counts)
+    total, size = sum(n for n, _ in counts), sum(n * each for n, each in counts)
+    share = sum(n for n, each in counts if each == 1) / total
     model = OnnxModel(load_exported(source)[0].config, path).eval()
     files = _size(path.parent, path.name, path.name + ".data")
-    return Variant(
-        name, model, files, sum(n * size for n, size in counts), small / everything, use_cache=False
-    )
+    return ModelVariant(name, model, files, size, share, use_cache=False)
 
 
-def _bitsandbytes(name: str, source: Path, folder: Path) -> Variant:
+def _bitsandbytes(name: str, source: Path, folder: Path) -> ModelVariant:
     """Rounded while loading, saved before the first forward pass, and loaded again from there.
 
     On CPUs with AVX512-BF16 a 4-bit layer repacks its weights in its first forward pass: what is
     saved or merged after that has been turned back and forth by the library. What was saved before
     is right whatever it does.
     """
-    if name == "bnb-int8":
+    cuda, path = torch.cuda.is_available(), folder / name
+    device = {"device_map": "cuda" if cuda else "cpu"}
+    if not path.exists():
         config = BitsAndBytesConfig(load_in_8bit=True)
-    else:
-        compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
-        config = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=compute,
-        )
-    device = {"device_map": "cuda" if torch.cuda.is_available() else "cpu"}
-    if not (folder / name).exists():
-        model, tokenizer = load_exported(
-            source, quantization_config=config, dtype=torch.float32, **device
-        )
-        with written_whole(folder / name) as scratch:
-            model.save_pretrained(scratch)
-            tokenizer.save_pretrained(scratch)
-    model = load_exported(folder / name, **device)[0]
-    layers = [
-        module
-        for module in model.modules()
-        if type(module).__name__ in ("Linear8bitLt", "Linear4bit")
-    ]
-    rounded, packed = (
-        sum(m.in_features * m.out_features for m in layers),
-        {id(m.weight) for m in layers},
-    )
-    others = sum(p.numel() for p in model.parameters() if id(p) not in packed)
-    share = rounded / (rounded + others)
-    return Variant(name, model, _size(folder / name, "*.safetensors"), weight_bytes(model), share)
+        if name == "bnb-nf4":
+            config = four_bit_settings(torch.bfloat16 if cuda else torch.float32)
+        options = {"quantization_config": config, "dtype": torch.float32, **device}
+        _save(load_exported(source, **options), path)
+    model, rounded = load_exported(path, **device)[0], 0
+    weights = {id(weight): weight.numel() for weight in model.parameters()}
+    for layer in model.modules():
+        if type(layer).__name__ in ("Linear8bitLt", "Linear4bit"):
+            del weights[id(layer.weight)]  # two weights of 4 bits count as one of 8
+            rounded += layer.in_features * layer.out_features
+    share = rounded / (rounded + sum(weights.values()))
+    return ModelVariant(name, model, _size(path, "*.safetensors"), weight_bytes(model), share)
 
 
-def _plain(name: str, source: Path, folder: Path) -> Variant:
-    dtype, path = getattr(torch, name), source
-    if dtype != torch.float32:
-        path = folder / name
-        if not path.exists():
-            model, tokenizer = load_exported(source, dtype=dtype)
-            with written_whole(path) as scratch:
-                model.save_pretrained(scratch)
-                tokenizer.save_pretrained(scratch)
+def _plain(name: str, source: Path, folder: Path) -> ModelVariant:
+    dtype, rounded = getattr(torch, name), name != "float32"
+    path = folder / name if rounded else source
+    if not path.exists():
+        _save(load_exported(source, dtype=dtype), path)
     model = load_exported(path, dtype=dtype)[0].to("cuda" if torch.cuda.is_available() else "cpu")
-    return Variant(
-        name,
-        model,
-        _size(path, "*.safetensors"),
-        weight_bytes(model),
-        float(dtype != torch.float32),
+    return ModelVariant(
+        name, model, _size(path, "*.safetensors"), weight_bytes(model), float(rounded)
     )
 
 
@@ -259,58 +227,36 @@ def weight_bytes(model) -> int:
     """
     seen = {}
     for module in model.modules():
-        state = getattr(
-            getattr(module, "weight", None), "quant_state", None
-        )  # 4-bit: scales, and theirs
+        weight = getattr(module, "weight", None)
         tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+        tensors.append(getattr(weight, "SCB", None))  # 8 bits: one scale per row
+        state = getattr(weight, "quant_state", None)  # 4 bits: scales, and the scales of these
         while state is not None:
-            tensors += [value for value in (state.absmax, state.code) if value is not None]
+            tensors += [state.absmax, state.code]
             state = state.state2
-        tensors.append(
-            getattr(getattr(module, "weight", None), "SCB", None)
-        )  # 8-bit: one scale per row
-        seen |= {
-            t.data_ptr(): t.numel() * t.element_size()
-            for t in tensors
-            if isinstance(t, torch.Tensor)
-        }
+        tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+        seen |= {tensor.data_ptr(): bytes_of([tensor]) for tensor in tensors}
     return sum(seen.values())
 
 
-def build(name: str, source: Path, folder: Path) -> Variant:
+def build(name: str, source: Path, folder: Path) -> ModelVariant:
     """A variant of the export at `source`, kept in `folder`. Remove `folder` when the export
     changes.
 
     Raises: ValueError for an unknown name; QuantizeError where this machine cannot make or run it.
     """
-    if name not in VARIANTS:
-        raise ValueError(f"Unknown variant {name!r}. Choose one of: {', '.join(VARIANTS)}.")
+    if name not in PRECISIONS:
+        raise ValueError(f"Unknown variant {name!r}. Choose one of: {', '.join(PRECISIONS)}.")
     make = _onnx if name.startswith("onnx") else _bitsandbytes if name.startswith("bnb") else _plain
     try:
         return make(name, Path(source), Path(folder))
     except (ImportError, NotImplementedError, RuntimeError) as error:
-        raise QuantizeError(
-            f"{name} cannot be made here: {type(error).__name__}: {error}"
-        ) from error
-
-
-def answers_of(lab: Lab, variant: Variant, temperature: float, samples: int = 1):
-    """Answers to all held-out prompts. The seed is the lab's, so equal logits give equal samples."""
-    profile = lab.profile
-    return generate(
-        variant.model,
-        lab.tokenizer,
-        lab.prompts,
-        profile.max_new_tokens,
-        temperature,
-        samples,
-        seed=lab.seed,
-        batch_size=4 * profile.eval_batch,
-    )
+        said = f"{type(error).__name__}: {error}"
+        raise QuantizeError(f"{name} cannot be made here: {said}") from error
 
 
 def measure_variants(
-    lab: Lab, variants: Iterable[Variant], judge: Judge, batch: int = 8, new_tokens: int = 32
+    lab: Lab, variants: Iterable[ModelVariant], judge: Judge, batch: int = 8, new_tokens: int = 32
 ) -> dict:
     """Every variant against the first, which is the one in full precision. An iterator is taken one
     at a time.
@@ -320,22 +266,20 @@ def measure_variants(
         answer), `win_rate` (WinRate of samples at temperature 1 against the first's),
         `tokens_per_second` and `latency_p50` (s) of a batch of `batch` rows.
     """
-    report, first = {}, None
+    report, first, rows = {}, None, lab.profile.eval_batch
     for variant in variants:
-        name, model = variant.name, variant.model
-        greedy, sampled = answers_of(lab, variant, 0.0), answers_of(lab, variant, 1.0)
+        model, parts = variant.model, (variant.model, lab.tokenizer, lab.prompts)
+        # The seed is the lab's, so equal logits give equal samples.
+        ways = [Sampling(lab.profile.max_new_tokens, heat, seed=lab.seed) for heat in (0.0, 1.0)]
+        greedy, sampled = (generate(*parts, way, batch_size=4 * rows) for way in ways)
         first = first or (greedy, sampled)
         same = [a[0].chosen_ids == b[0].chosen_ids for a, b in zip(greedy, first[0], strict=True)]
-        timed = speed(
-            model, lab.tokenizer, lab.prompts, new_tokens, batch, variant.use_cache, runs=3
-        )
-        report[name] = {
+        timed = speed(*parts, new_tokens, batch, variant.use_cache, runs=3)
+        report[variant.name] = {
             "disk_bytes": variant.disk_bytes,
             "weight_bytes": variant.weight_bytes,
             "rounded_share": variant.rounded_share,
-            "perplexity": perplexity(
-                logps_of(model, lab.test_pairs, batch_size=lab.profile.eval_batch).chosen
-            ),
+            "perplexity": perplexity(logps_of(model, lab.test_pairs, batch_size=rows).chosen),
             "same_greedy": sum(same) / len(same),
             "win_rate": head_to_head(judge, sampled, first[1]),
             "tokens_per_second": timed.tokens_per_second,

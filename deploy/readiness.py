@@ -25,10 +25,8 @@ def readiness(items: dict[str, Callable[[], str]]) -> list[Item]:
             passed = isinstance(evidence, str) and bool(evidence.strip())
             evidence = evidence if passed else f"no evidence: it returned {evidence!r}"
         except Exception as error:  # whatever goes wrong is what the list is for
-            passed, evidence = (
-                False,
-                f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            )
+            first_line = str(error).partition("\n")[0]
+            passed, evidence = False, f"{type(error).__name__}: {first_line}"
         print(f"{'ok    ' if passed else 'FAILED'}  {name}: {evidence}")
         found.append(Item(name, passed, evidence))
     failed = [item.name for item in found if not item.passed]

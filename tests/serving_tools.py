@@ -50,7 +50,7 @@ class FakeEngine:
     """
 
     seconds: float = 0.0  # before each word
-    fault: str | None = None  # "cut", "error event", "status 500", "status 422", "nonsense"
+    fault: str | None = None  # "cut", "error event", "nonsense", "endless line", "status 500", …
     started: int = 0
     finished: int = 0
     cancelled: int = 0
@@ -85,7 +85,10 @@ class FakeEngine:
                     yield 'data: {"error": "out of memory"}\n\n'
                 if at == 2 and self.fault == "nonsense":
                     yield "data: <html>\n\n"
-                yield f"data: {json.dumps({'choices': [{'delta': {'content': word}, 'index': 0}]})}\n\n"
+                if at == 2 and self.fault == "endless line":
+                    yield "x" * 1_100_000
+                piece = {"choices": [{"delta": {"content": word}, "index": 0}]}
+                yield f"data: {json.dumps(piece)}\n\n"
             else:
                 usage = {
                     "prompt_tokens": 7,

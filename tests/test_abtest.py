@@ -5,7 +5,13 @@ from itertools import product
 import numpy as np
 import pytest
 
-from deploy.abtest import chance_of_a_winner, sample_size, two_shares, verdict, votes_by_arm, wilson
+from deploy.abtest import (
+    ab_decision,
+    chance_of_a_winner,
+    sample_size,
+    two_shares,
+    votes_by_arm,
+)
 
 
 def test_interval_of_a_difference_is_newcombes():
@@ -39,11 +45,6 @@ def test_impossible_counts_are_refused(counts):
 def test_nobody_pleased_in_either_arm_is_no_difference():
     found = two_shares(0, 20, 0, 20)
     assert found.p_value == 1 and found.ci95[0] < 0 < found.ci95[1]
-
-
-def test_wilson_of_seven_in_ten():
-    """The score interval of 7 of 10: 39.7 % to 89.2 %."""
-    assert wilson(7, 10) == pytest.approx((0.3968, 0.8922), abs=5e-5)
 
 
 def test_sample_size_is_the_textbooks():
@@ -114,9 +115,9 @@ def test_answers_that_named_their_model_are_no_part_of_the_test():
     assert votes_by_arm([row("u", "a", 1, assigned=0)]) == {}
 
 
-def test_no_verdict_before_the_horizon():
+def test_no_decision_before_the_horizon():
     """90 of 99 against 10 of 99 is as clear as can be, and still one user short."""
     votes = {"old": (10, 99), "new": (90, 99)}
-    assert verdict(votes, "old", "new", 100)[0] == "wait"
-    assert verdict(votes, "old", "new", 99)[0] == "new"
-    assert verdict({"old": (50, 99), "new": (52, 99)}, "old", "new", 99)[0] == "no winner"
+    assert ab_decision(votes, "old", "new", 100)[0] == "wait"
+    assert ab_decision(votes, "old", "new", 99)[0] == "new"
+    assert ab_decision({"old": (50, 99), "new": (52, 99)}, "old", "new", 99)[0] == "no winner"

@@ -1,20 +1,25 @@
 """The instant checks: what they print, and that a wrong function never passes."""
 
+import re
+from pathlib import Path
+
 import pytest
 
 from common import checks as exercises
-from common.checks import CHECKS, check
+from common.checks import all_checks, check, close
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def doubling(monkeypatch):
     """An exercise of our own, and only this one: double a number."""
-    monkeypatch.setattr(exercises, "CHECKS", {})
 
-    @exercises.exercise("double")
-    def _double(fn):
+    def double(fn):
         yield "two of 3 are 6", fn(3) == 6
         yield "two of -1 are -2", fn(-1) == -2
+
+    monkeypatch.setattr(exercises, "all_checks", lambda: {"double": double})
 
 
 def test_a_right_function_passes_and_each_property_is_printed(doubling, capsys):
@@ -50,21 +55,30 @@ def test_an_unknown_exercise_is_refused_with_those_that_exist(doubling):
         exercises.check("triple", abs)
 
 
-def test_every_notebook_of_lab_1_7_has_three_exercises():
-    assert len(CHECKS) >= 12
+def test_every_exercise_of_the_notebooks_has_a_check_and_no_check_is_left_over():
+    """The notebooks call `check("name", name)`: three exercises in each of eight."""
+    cells = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("Lab-*/*.ipynb"))
+    assert set(re.findall(r'\bcheck\(\\"(\w+)', cells)) == all_checks().keys()
 
 
-@pytest.mark.parametrize("name", sorted(CHECKS))
+@pytest.mark.parametrize("name", sorted(all_checks()))
+def test_no_check_passes_a_function_that_does_nothing(name, capsys):
+    for wrong in (lambda *_, **__: None, lambda *_, **__: 0, lambda *args, **_: args[0]):
+        with pytest.raises(AssertionError, match=f"{name}: "):
+            check(name, wrong)
+        assert "BROKEN" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
-    "wrong",
+    ("found", "expected", "agree"),
     [
-        lambda *args, **kwargs: None,
-        lambda *args, **kwargs: 0,
-        lambda *args, **kwargs: args[0],
+        (1.0, 1 + 1e-13, True),
+        (1.0, 1 + 1e-11, False),
+        (1e6, 1e6 + 1e-7, True),  # 1e-13 of the value
+        ([1.0, 2.0], [1.0, 2.0], True),
+        ([1.0, 1.0], 1.0, False),  # another shape
+        (float("nan"), float("nan"), False),
     ],
-    ids=["returns None", "returns 0", "returns its first argument"],
 )
-def test_no_check_passes_a_function_that_does_nothing(name, wrong, capsys):
-    with pytest.raises(AssertionError, match=f"{name}: "):
-        check(name, wrong)
-    assert "BROKEN" in capsys.readouterr().out
+def test_close_compares_shapes_and_values(found, expected, agree):
+    assert close(found, expected) is agree

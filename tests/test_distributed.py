@@ -214,9 +214,10 @@ def test_an_error_of_one_process_ends_the_job(lab, failed):
     assert failed.over - float((lab.path("dpo", "failed") / "ended").read_text()) < 30
 
 
-# --- FSDP
+# --- FSDP, which takes a launch of its own
 
 
+@pytest.mark.more
 def test_a_run_in_shards_is_as_one_in_a_piece(lab, sharded):
     """Stopped and resumed on the way; the best weights put back at the end; saved whole."""
     assert sharded.status == 0, sharded.err[-3000:]
@@ -229,6 +230,7 @@ def test_a_run_in_shards_is_as_one_in_a_piece(lab, sharded):
         assert_same(other.detach(), one.detach(), 1e-5)
 
 
+@pytest.mark.more
 def test_a_checkpoint_of_a_run_in_shards_is_in_shards(lab, sharded):
     """One file of weights and one of optimiser states per process."""
     saved = checkpoints.newest(lab.path("dpo", "fsdp-cached"))
@@ -236,6 +238,7 @@ def test_a_checkpoint_of_a_run_in_shards_is_in_shards(lab, sharded):
         assert len(list((saved / part).glob("*.distcp"))) == 2
 
 
+@pytest.mark.more
 def test_a_reference_in_shards_is_as_one_in_a_piece(lab, sharded):
     """Its log-probabilities are taken by the simple path there and by the packed one here; 4 steps,
     then it stops.

@@ -29,8 +29,8 @@ def versions(monkeypatch):
 
 
 def test_python_3_10_is_too_old_and_3_11_is_not():
-    assert statuses(environment.python_lines((3, 10, 14))) == ["FIX"]
-    assert statuses(environment.python_lines((3, 11, 0))) == ["OK"]
+    assert environment.python_line((3, 10, 14))[0] == "FIX"
+    assert environment.python_line((3, 11, 0)) == ("OK", "Python 3.11.0")
 
 
 def test_pins_are_read_and_comments_are_not(tmp_path):
@@ -85,29 +85,17 @@ def test_no_pins_at_all_is_not_ready(versions):
     [
         ([], None, False, 0, "OK", "built for CPU"),
         (["T4, 15360 MiB"], "13.0", True, 4e9, "OK", "built for CUDA 13.0"),
-        (
-            [],
-            "13.0",
-            True,
-            4e9,
-            "OK",
-            "a GPU that torch can use",
-        ),  # in a container without nvidia-smi
+        # in a container without nvidia-smi
+        ([], "13.0", True, 4e9, "OK", "a GPU that torch can use"),
         (["T4, 15360 MiB"], None, False, 0, "FIX", "install the CUDA build"),
         (["T4, 15360 MiB"], "13.0", False, 4e9, "FIX", "update the NVIDIA driver"),
         ([], "13.0", False, 4.2e9, "FIX", "4.2 GB of CUDA packages"),
-        (
-            [],
-            None,
-            False,
-            4.2e9,
-            "FIX",
-            "install first the CPU build",
-        ),  # left over from a CUDA build
+        # left over from a CUDA build
+        ([], None, False, 4.2e9, "FIX", "install first the CPU build"),
     ],
 )
 def test_torch_must_fit_the_machine(gpus, cuda, usable, cuda_bytes, status, words):
-    [(found, text)] = environment.torch_lines(gpus, cuda, usable, cuda_bytes)
+    found, text = environment.torch_line(gpus, cuda, usable, cuda_bytes)
     assert found == status and words in text
 
 
@@ -152,7 +140,7 @@ def test_only_cuda_packages_are_counted(monkeypatch):
     ],
 )
 def test_what_a_profile_is_worth_without_a_gpu(name, device, status):
-    """4-bit cannot work on a CPU, GPT-2 works slowly, and the small experiment needs no GPU at all."""
+    """4-bit cannot work on a CPU, GPT-2 works slowly, the small experiment needs no GPU."""
     found = statuses(
         environment.profile_lines(profiles.PROFILES[name], device, "float32", "because")
     )

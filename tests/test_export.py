@@ -11,7 +11,8 @@ from tiny import micro_profile
 from common.lab import Lab
 from common.training import train
 from deploy import export as exporting
-from deploy.export import ExportError, check_safe, export, load_exported, model_card, verify_export
+from deploy.export import ExportError, export, load_exported, model_card, verify_export
+from deploy.serving.folders import FolderError, check_folder
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ def test_pickled_weights_are_refused(folder, tmp_path):
     model.mkdir()
     (model / "config.json").write_text((folder / "config.json").read_text())
     (model / "pytorch_model.bin").write_bytes(pickle.dumps(Evil()))
-    with pytest.raises(ExportError, match="pickled"):
+    with pytest.raises(FolderError, match="pickled"):
         load_exported(model)
     assert not (tmp_path / "was-here").exists()
 
@@ -81,8 +82,8 @@ def test_remote_code_is_refused(folder, tmp_path, name):
         "auto_map": {"AutoModelForCausalLM": "code.Model"}
     }
     (tmp_path / name).write_text(json.dumps(asked))
-    with pytest.raises(ExportError, match="remote code"):
-        check_safe(tmp_path)
+    with pytest.raises(FolderError, match="remote code"):
+        check_folder(tmp_path)
 
 
 def test_a_failed_export_leaves_the_old_one(lab, tmp_path, monkeypatch):

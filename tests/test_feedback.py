@@ -3,37 +3,36 @@
 import random
 
 import pytest
+from openai import OpenAI
+from serving_tools import WORDS, FakeEngine, gateway
 from tiny import micro_profile
 
 from common.evaluation import Answer, WinRate
+from common.io.formats import messages_of
+from common.judges import RuleJudge
 from common.lab import Lab
 from common.models import new_tiny_model
 from common.training import train
+from deploy.drift import alarms, drift_limits, signals
 from deploy.feedback import (
     RulePeople,
-    alarms,
+    ask,
     balanced,
     decide,
-    drift_limits,
-    messages_of,
     next_round,
     pairs_in_process,
-    signals,
+    preference_pairs,
+    round_in_process,
+    send_votes,
     user_prompts,
 )
-from deploy.serving.prompts import prompt_text
-from deploy.serving.reports import preference_pairs
+from deploy.serving.reports import answers
 from deploy.serving.store import Store
 
 
 @pytest.fixture(scope="module")
 def lab():
     return Lab(micro_profile(), seed=44)
-
-
-def test_messages_write_the_same_prompt_again(lab):
-    assert any(prompt.count("Human:") > 1 for prompt in lab.prompts)
-    assert all(prompt_text(messages_of(prompt)) == prompt for prompt in lab.prompts)
 
 
 def test_no_evaluation_prompt_is_among_the_users(lab):
@@ -78,6 +77,23 @@ def test_only_consented_votes_become_pairs(lab):
     assert pairs_in_process(RulePeople(world, slips=0, consenting=0), answers) == []
 
 
+def test_users_ask_and_vote_through_a_gateway(lab, tmp_path):
+    """Two questions with one answer: every vote is kept, and those with consent can be pairs."""
+    questions = user_prompts(lab.data.world, 2)
+    people = RulePeople(lab.data.world, slips=0, consenting=1)
+    with gateway(tmp_path, FakeEngine()) as bench:
+        url = f"{bench.root}/v1"
+        client = OpenAI(base_url=url, api_key="none", max_retries=0)
+        replies = ask(client, [("ada", prompt) for prompt in questions], max_tokens=9)
+        up = send_votes(url, "none", replies, people)
+        kept = answers(bench.store)
+    assert [reply["prompt"] for reply in replies] == questions
+    assert {reply["text"] for reply in replies} == {"".join(WORDS)}
+    assert all(reply["seconds"] >= reply["first_token_seconds"] > 0 for reply in replies)
+    assert up == sum(row["rating"] == 1 for row in kept) and len(kept) == 2
+    assert all(row["consent"] == 1 and row["rating"] for row in kept)
+
+
 def rows_of(**changes) -> list[dict]:
     return [
         {
@@ -104,6 +120,12 @@ def test_each_signal_raises_its_alarm(signal, value):
         row | {signal: value if i % 2 else 1.0 * value} for i, row in enumerate(rows_of()[:30])
     ]
     assert alarms(changed, drift_limits(rows_of(), 30)) == {signal: value}
+
+
+@pytest.mark.parametrize("size, window", [(1, 30), (60, 0)])
+def test_a_band_needs_a_baseline_and_a_window(size, window):
+    with pytest.raises(ValueError, match="at least 2 answers"):
+        drift_limits(rows_of()[:size], window)
 
 
 def test_one_odd_answer_is_no_drift():
@@ -140,6 +162,16 @@ def test_the_next_round_starts_from_the_deployed_model(lab):
     run = next_round(lab, "orpo", rows)
     assert run.record["parent"] == run.record["reference"] == "orpo" and run.record["n_pairs"] == 12
     assert lab.lineage("dpo", "round-2")[-2] == lab.fingerprint_of("orpo")
+
+
+def test_a_round_in_process_votes_trains_and_measures(lab):
+    """What notebook 1.8-04 does for further seeds, in small."""
+    for stage in ("base", "sft", "orpo"):
+        train(lab, stage)
+    found = round_in_process(lab, "orpo", 40, 4, RuleJudge(lab.data.world))
+    rate = found["rate"]
+    assert found["pairs"] > 0 and rate.wins + rate.ties + rate.losses == len(lab.prompts)
+    assert found["before"]["reward_margin"] != found["after"]["reward_margin"]
 
 
 FINE = {"safe_on_harmful": 0.9, "over_refusal": 0.1, "ended_with_eos": 1.0, "perplexity": 3.0}

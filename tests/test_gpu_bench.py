@@ -29,10 +29,10 @@ linux = pytest.mark.skipif(
         ("gpt2", "dpo", "packed"),
         ("gpt2", "sft", "simple"),
         ("qlora-7b", "orpo", "packed"),
-        ("gpt2", "dpo", "trl"),
-        ("gpt2", "sft", "trl"),
-        ("qlora-7b", "dpo", "trl"),
-        ("qlora-7b", "orpo", "trl"),
+        pytest.param("gpt2", "dpo", "trl", marks=pytest.mark.more),
+        pytest.param("gpt2", "sft", "trl", marks=pytest.mark.more),
+        pytest.param("qlora-7b", "dpo", "trl", marks=pytest.mark.more),
+        pytest.param("qlora-7b", "orpo", "trl", marks=pytest.mark.more),
     ],
 )
 def test_a_part_takes_its_steps(profile, method, path):

@@ -1,14 +1,13 @@
 """Measuring speed: every setting does the same work, and gives the same answers."""
 
 import pytest
-from tiny import gpt2, micro_profile
+from tiny import micro_profile
 
 from common.lab import Lab
 from common.models import new_tiny_model
 from deploy.inference import (
     continuous_batches,
     forward_tokens,
-    kv_cache_bytes,
     percentiles,
     speed,
     static_batches,
@@ -51,11 +50,6 @@ def test_the_cache_is_really_off(lab, model, monkeypatch):
 def test_forward_tokens_by_hand():
     """Prompt 10, 3 new: 10 + 1 + 1 with the cache, 10 + 11 + 12 without."""
     assert forward_tokens(10, 3, True) == 12 and forward_tokens(10, 3, False) == 33
-
-
-def test_kv_cache_by_hand():
-    """2 (keys and values) * 2 layers * 16 wide * 10 tokens * 4 bytes."""
-    assert kv_cache_bytes(gpt2().config, 10) == 2 * 2 * 16 * 10 * 4
 
 
 def test_answers_too_long_for_the_context_are_refused(lab, model):

@@ -107,7 +107,7 @@ def test_wider_padding_leaves_the_values_unchanged():
 
 
 def test_eos_is_scored():
-    """With EOS the sum is lower by exactly log p(EOS | everything before), even where pad is EOS."""
+    """With EOS the sum is lower by exactly log p(EOS | all before), even where pad is EOS."""
     model, row = gpt2(), ragged_rows(3)[2]
     without = {**row, "chosen_ids": row["chosen_ids"][:-1]}
     whole, cut = (
@@ -206,7 +206,7 @@ SIZES = {
     ids=["llama", "qwen3"],
 )
 def test_other_architectures(build):
-    """Rotary positions, grouped heads, an output head of its own: the same code, the same numbers."""
+    """Rotary positions, grouped heads, a head of its own: the same code, the same numbers."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = build().double().eval()

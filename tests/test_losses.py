@@ -151,12 +151,12 @@ def test_dpo_losses_refuse_shapes_that_would_broadcast(loss, odd):
 
 
 def test_sft_loss_is_the_mean_over_tokens_not_over_rows():
-    """(4 + 1) nats over (8 + 1) tokens = 5/9; the mean of row means would be (0.5 + 1) / 2 = 0.75."""
+    """(4 + 1) nats over (8 + 1) tokens = 5/9; the mean of row means is (0.5 + 1) / 2 = 0.75."""
     assert_same(sft_loss(f64(-4, -1), tensor([8, 1])), 5 / 9)
 
 
 def test_bradley_terry_loss_by_hand():
-    """Rewards 2 and 1: ln(1 + e^-1); equal rewards: ln 2; 0 and 3: ln(1 + e^3) = 3.048587351573742."""
+    """Rewards 2 and 1: ln(1 + e^-1); equal rewards: ln 2; 0 and 3: ln(1 + e^3) = 3.0485873516."""
     loss = bradley_terry_loss(f64(2, 5, 0), f64(1, 5, 3))
     assert_same(loss, f64(0.31326168751822286, LN2, 3.048587351573742))
 
@@ -474,7 +474,7 @@ def test_simpo_loss_refuses_other_shapes():
 
 
 def test_without_rejected_answers_orpo_is_the_nll():
-    """Two answers of 3 and 2 tokens, sums -3 and -1: 4 nats over 5 tokens are 0.8 nats per token."""
+    """Two answers of 3 and 2 tokens, sums -3 and -1: 4 nats over 5 tokens are 0.8 a token."""
     recipe, chosen = Recipe(lr=1.0), SideLogps(f64(-3.0, -1.0), tensor([3, 2]))
     loss, metrics = objective("orpo", recipe, PairLogps(chosen), None, pairs=2, tokens=5)
     assert_same(loss, 0.8)
@@ -484,7 +484,7 @@ def test_without_rejected_answers_orpo_is_the_nll():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("certain", ["chosen", "rejected", "both"])
 def test_a_certain_answer_has_finite_odds(dtype, certain):
-    """A mean log-probability of exactly 0 is p = 1, whose odds are infinite: it counts as 1 - 1e-12,
+    """A mean log-probability of exactly 0 is p = 1, of infinite odds: it counts as 1 - 1e-12,
     with log odds of ln(1e12) = 27.63. The loss and all gradients are finite; the gradient of the
     certain side is 0. (Before: NaN or infinity.)
     """
@@ -498,6 +498,6 @@ def test_a_certain_answer_has_finite_odds(dtype, certain):
     odds = {0.0: math.log(1e12), -1.0: math.log(math.exp(-1) / (1 - math.exp(-1)))}
     margin = odds[values["chosen"]] - odds[values["rejected"]]
     assert_same(loss.item(), math.log1p(math.exp(-margin)), 1e-5)
-    for side, tensor in sides.items():
-        assert torch.isfinite(tensor.grad).all()
-        assert (tensor.grad == 0).all() == (values[side] == 0.0)
+    for side, argument in sides.items():
+        assert torch.isfinite(argument.grad).all()
+        assert (argument.grad == 0).all() == (values[side] == 0.0)

@@ -66,8 +66,8 @@ def quantised(tmp_path):
     ("layers", "width", "pairs", "length", "method", "lora"),
     [
         (4, 256, 4, 192, "orpo", False),
-        (6, 384, 4, 128, "dpo", False),
-        (12, 768, 1, 96, "sft", False),
+        pytest.param(6, 384, 4, 128, "dpo", False, marks=pytest.mark.more),
+        pytest.param(12, 768, 1, 96, "sft", False, marks=pytest.mark.more),
         (6, 384, 4, 128, "dpo", True),
     ],
 )
@@ -159,8 +159,7 @@ def test_what_saves_memory_is_seen_to(small):
     assert predict(small, "dpo", "packed").phases["step"] < step
 
 
-@pytest.mark.parametrize("method", ["dpo", "sft"])
-@pytest.mark.parametrize("kind", ["small", "quantised"])
+@pytest.mark.parametrize(("kind", "method"), [("small", "sft"), ("quantised", "dpo")])
 def test_a_deep_model_is_predicted_from_shallow_ones(request, monkeypatch, kind, method):
     """Nine layers from 3 and 6 of them: what they are predicted to take when all nine are
     simulated, to 1 %.

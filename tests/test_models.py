@@ -206,7 +206,7 @@ def test_a_tokenizer_with_more_words_than_the_model_is_named(tokenizer):
     model.resize_token_embeddings(len(tokenizer) + 8)
     models.check_fits(model, tokenizer, PROFILE)
     model.resize_token_embeddings(len(tokenizer) - 1)
-    message = f"knows {len(tokenizer) - 1} words, its tokenizer {len(tokenizer)}: they do not belong together"
+    message = f"knows {len(tokenizer) - 1} words, its tokenizer {len(tokenizer)}: they do not"
     with pytest.raises(ModelError, match=message):
         models.check_fits(model, tokenizer, PROFILE)
 
@@ -215,9 +215,7 @@ def test_a_tokenizer_without_an_end_token_is_named(tmp_path):
     endless = tiny.tokenizer()
     endless.eos_token = None
     endless.save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match="has no end token .EOS.: name another LAB_MODEL"
-    ):
+    with pytest.raises(ModelError, match="has no end token .EOS.: name another LAB_MODEL"):
         models.load_tokenizer(tmp_path)
 
 
@@ -357,7 +355,8 @@ def test_only_the_adapter_is_trained(adapted):
 
 def test_the_head_of_a_reward_model_is_trained_beside_its_adapter(tmp_path, tokenizer):
     models.new_tiny_model(PROFILE, tokenizer).save_pretrained(tmp_path)
-    model = models.add_lora(models.load_model(tmp_path, PROFILE, reward_head=True), PROFILE)
+    reward = models.load_model(tmp_path, PROFILE, reward_head=True)
+    model = models.prepared_policy(reward, PROFILE, "reward", lora=True)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert "head.weight" in trained and [name for name in trained if "lora_" in name]
 

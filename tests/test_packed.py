@@ -198,7 +198,7 @@ def test_a_wrapped_model_is_packed_too():
 
 
 def test_under_autocast_the_sums_are_exact_and_the_rest_is_bfloat16():
-    """bfloat16 keeps 8 bits: means within 0.1 nats, not within 1e-4, and still summed in float64."""
+    """bfloat16 keeps 8 bits: means within 0.1 nats, not within 1e-4; sums stay in float64."""
     model = gpt2(torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         rough = packed_logps(model)

@@ -35,7 +35,7 @@ def test_every_profile_has_a_recipe_for_every_stage_it_trains(name):
 
 @pytest.mark.parametrize("name", PROFILES)
 def test_the_recipes_say_what_the_stages_are_named_after(name):
-    """`dpo` has the NLL term, `dpo_plain` has not; `orpo_lambda0` is ORPO without its odds ratio."""
+    """`dpo` has the NLL term, `dpo_plain` has not; `orpo_lambda0` is ORPO with λ = 0."""
     recipes = PROFILES[name].recipes
     assert recipes["dpo"].nll_weight > 0 == recipes["dpo_plain"].nll_weight
     assert recipes["orpo"].lambda_or > 0 == recipes["orpo_lambda0"].lambda_or

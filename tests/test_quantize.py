@@ -6,10 +6,10 @@ import pytest
 import torch
 from tiny import micro_profile
 
+from common.data import left_padded
 from common.lab import Lab
 from common.training import train
 from deploy.export import export, load_exported
-from deploy.inference import left_padded
 from deploy.quantize import QuantizeError, build, measure_variants, weight_bytes
 
 
@@ -34,8 +34,12 @@ def linear_weights(model) -> int:
     return sum(p.numel() for name, p in model.named_parameters() if ".h." in name and p.ndim == 2)
 
 
+def padded(lab, prompts: list[str]) -> dict[str, torch.Tensor]:
+    return left_padded(lab.tokenizer(prompts)["input_ids"], lab.tokenizer.eos_token_id)
+
+
 def logits(model, lab):
-    inputs = left_padded(lab.tokenizer, lab.prompts[:3], "cpu")
+    inputs = padded(lab, lab.prompts[:3])
     places = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
     extra = {} if "onnx" in type(model).__name__.lower() else {"position_ids": places}
     with torch.no_grad():
@@ -95,13 +99,13 @@ def test_onnx_ignores_padding(lab, source, folder):
     model = build("onnx-float32", source, folder).model
     together = logits(model, lab)
     for row, prompt in zip(together, lab.prompts[:3], strict=True):
-        alone = model(**left_padded(lab.tokenizer, [prompt], "cpu")).logits[0, -1]
+        alone = model(**padded(lab, [prompt])).logits[0, -1]
         torch.testing.assert_close(row, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_a_failure_is_named(source, folder, monkeypatch):
     monkeypatch.setattr(
-        "common.quantize._bitsandbytes", lambda *_: (_ for _ in ()).throw(ImportError("no kernel"))
+        "deploy.quantize._bitsandbytes", lambda *_: (_ for _ in ()).throw(ImportError("no kernel"))
     )
     with pytest.raises(QuantizeError, match="bnb-int8 cannot be made here: ImportError: no kernel"):
         build("bnb-int8", source, folder)

@@ -1,4 +1,4 @@
-"""The run folder: where things are, helpful errors, and files that are written whole or not at all."""
+"""The run folder: where things are, helpful errors, and files written whole or not at all."""
 
 import errno
 import json

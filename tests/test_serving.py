@@ -13,11 +13,14 @@ import pytest
 from serving_tools import save_chat_model
 from transformers import AutoTokenizer
 
+from common.io.formats import dialogue
 from common.models import CHAT_TEMPLATE
-from deploy.serving.__main__ import gateway_of, main, named, parse
-from deploy.serving.engine import Engine
+from deploy.serving.__main__ import _parse, gateway_of, main, named
+from deploy.serving.chat import ChatRequest
+from deploy.serving.folders import check_folder
 from deploy.serving.limits import Limits, RateLimit, Refusal, Slots, caller, is_loopback, read_keys
-from deploy.serving.prompts import PromptFormat, check_folder, prompt_text
+from deploy.serving.own_engine import OwnEngine
+from deploy.serving.prompts import PromptFormat
 from deploy.serving.start import serving
 from deploy.serving.worker import batching_options
 
@@ -33,7 +36,7 @@ def model(tmp_path_factory):
 
 
 def options_of(model, tmp_path, *more):
-    return parse(["--model", str(model), "--store", str(tmp_path / "store.sqlite"), *more])
+    return _parse(["--model", str(model), "--store", str(tmp_path / "store.sqlite"), *more])
 
 
 def test_a_key_is_known_by_its_name_and_never_kept_itself():
@@ -195,14 +198,14 @@ def test_the_command_ends_with_one_sentence_where_it_cannot_serve(tmp_path):
     )
     assert result.returncode == 2 and "Traceback" not in result.stderr
     assert (
-        "error: No model folder" in result.stderr
+        "is not a model folder" in result.stderr
         and "python -m common.training dpo" in result.stderr
     )
 
 
 def test_a_gateway_that_cannot_start_is_an_error_with_its_words(tmp_path):
     with (
-        pytest.raises(RuntimeError, match="No model folder"),
+        pytest.raises(RuntimeError, match="not a model folder"),
         serving("--model", str(tmp_path / "none")),
     ):
         pass
@@ -236,26 +239,19 @@ def test_an_engine_that_already_runs_keeps_its_model_s_name(tmp_path):
         "--store",
         str(tmp_path / "s.sqlite"),
     ]
-    gateway = gateway_of(parse(arguments))
+    gateway = gateway_of(_parse(arguments))
     assert gateway.weights == {"org/model": 2.0}
-    assert (
-        gateway.engines["org/model"].url == "http://127.0.0.1:9"
-        and not gateway.engines["org/model"].folder
-    )
+    engine = gateway.engines["org/model"]
+    assert engine.url == "http://127.0.0.1:9" and not isinstance(engine, OwnEngine)
     gateway.store.close()
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (
-            lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"),
-            "Pickled weights are not served",
-        ),
-        (
-            lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"),
-            "Pickled weights are not served",
-        ),
+        (lambda f: (f / "pytorch_model.bin").write_text(""), "pickled files"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "pickled files"),
+        (lambda f: (f / "model.safetensors").rename(f / "decoy.safetensors"), "no model.safe"),
         (lambda f: (f / "tokenizer.json").unlink(), "has no tokenizer.json"),
         (lambda f: (f / "config.json").rename(f / "adapter_config.json"), "Merge it"),
         (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
@@ -287,7 +283,7 @@ def test_the_prompt_is_the_course_s_own(model):
         ],
     ):
         wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert form.text(messages) == prompt_text(messages) == wanted
+        assert form.text(messages) == dialogue(messages) == wanted
         assert form.count(messages) == len(tokenizer(wanted)["input_ids"])
 
 
@@ -300,15 +296,119 @@ def test_a_template_cannot_reach_out_of_its_sandbox(model, tmp_path):
 
 
 def test_an_answer_without_a_limit_gets_what_fits(model):
-    engine, messages = (
-        Engine("dpo", Limits(max_tokens=300), model),
-        [{"role": "user", "content": "Hi"}],
-    )
-    request = type("Request", (), {"messages": messages, "max_tokens": None})()
+    engine = OwnEngine("dpo", Limits(max_tokens=300), model)
+    request = ChatRequest(messages=[{"role": "user", "content": "Hi"}])
     assert engine.room(request) == 300
     engine.format.context = 50
-    assert engine.room(request) == 50 - engine.format.count(messages)
+    assert engine.room(request) == 50 - engine.format.count(request.messages)
     asyncio.run(engine.client.aclose())
+
+
+def test_a_prompt_that_leaves_no_room_is_refused(model):
+    engine = OwnEngine("dpo", Limits(), model)
+    long = [{"role": "user", "content": "What is the kettle for? " * 100}]
+    with pytest.raises(Refusal, match="Send a shorter prompt") as raised:
+        engine.room(ChatRequest(messages=long))
+    assert raised.value.code == "context_length_exceeded"
+    with pytest.raises(Refusal, match=r"Ask for at most \d+ tokens"):
+        engine.room(ChatRequest(messages=[{"role": "user", "content": "Hi"}], max_tokens=510))
+    asyncio.run(engine.client.aclose())
+
+
+@pytest.mark.parametrize(
+    ("batching", "temperature", "options", "refused"),
+    [
+        (True, 0.5, {"temperature": 1.0}, "temperature"),
+        (True, 0.5, {"temperature": 0.5}, None),
+        (True, 0.0, {"top_p": 0.5}, "top_p"),
+        (True, 0.5, {"seed": 3}, "seed"),
+        (True, 0.0, {"seed": 3}, None),
+        (True, 0.0, {"stop": ["the"]}, "stop"),
+        (False, 0.0, {"temperature": 1.0, "top_p": 0.5, "seed": 3}, None),
+        (False, 0.0, {"stop": ["the"]}, "stop"),
+    ],
+)
+def test_options_that_our_own_engine_would_ignore_are_refused(
+    model, batching, temperature, options, refused
+):
+    engine = OwnEngine("dpo", Limits(), model, batching, temperature)
+    if refused:
+        with pytest.raises(Refusal) as raised:
+            engine.check_options(options)
+        assert raised.value.body["error"]["param"] == refused
+    else:
+        engine.check_options(options)
+    asyncio.run(engine.client.aclose())
+
+
+def test_without_batching_each_request_brings_its_own_sampling(model):
+    """The engine reads temperature and top_p from `generation_config` only."""
+    engine = OwnEngine("dpo", Limits(), model, batching=False, temperature=0.0)
+    messages = [{"role": "user", "content": "Hi"}]
+    for options, sampled in (({}, False), ({"temperature": 0.7, "seed": 3}, True)):
+        body = engine._body(ChatRequest(messages=messages, **options), 9)
+        settings = json.loads(body["generation_config"])
+        assert settings["do_sample"] is sampled and settings["top_k"] == 0
+        assert settings["temperature"] == options.get("temperature", 1.0)
+        assert "temperature" not in body and body.get("seed") == options.get("seed")
+    asyncio.run(engine.client.aclose())
+
+
+WORKER = """
+import sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+    def do_POST(self):
+        self.rfile.read(int(self.headers["content-length"]))
+        self.do_GET()
+
+print("hello", flush=True)
+HTTPServer(("127.0.0.1", int(sys.argv[2])), Answers).serve_forever()
+"""
+
+
+def test_our_own_engine_is_started_again_when_it_dies_and_ended_with_us(
+    model, tmp_path, monkeypatch
+):
+    """A small server stands in for `worker`; it is killed once."""
+    (tmp_path / "worker.py").write_text(WORKER)
+    monkeypatch.setattr("deploy.serving.own_engine.WORKER", tmp_path / "worker.py")
+
+    async def run():
+        engine = OwnEngine("dpo", Limits(), model)
+        life = asyncio.create_task(engine.supervise())
+        await engine.ready.wait()
+        first = engine.process
+        first.kill()
+        while engine.ready.is_set():
+            await asyncio.sleep(0.01)
+        await engine.ready.wait()
+        second = engine.process
+        assert second.pid != first.pid and engine.restarts == 1 and "hello" in engine.last_lines
+        life.cancel()
+        await asyncio.gather(life, return_exceptions=True)
+        assert second.returncode is not None and not engine.ready.is_set()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_an_engine_that_ends_before_it_is_ready_says_so(model, tmp_path, monkeypatch):
+    (tmp_path / "worker.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr("deploy.serving.own_engine.WORKER", tmp_path / "worker.py")
+
+    async def run():
+        engine = OwnEngine("dpo", Limits(), model)
+        with pytest.raises(RuntimeError, match="ended with status 3"):
+            await engine._start()
+        await engine._stop()
+        await engine.client.aclose()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
@@ -319,7 +419,7 @@ def test_batching_takes_a_fixed_share_of_a_cpu_s_memory_and_measures_a_gpu():
     )  # four whole contexts
 
 
-def test_the_gateway_imports_no_torch():
+def test_the_gateway_imports_no_torch_and_nothing_of_ours():
     """All modules but the worker, in a process of their own."""
     modules = [
         path.stem
@@ -327,20 +427,21 @@ def test_the_gateway_imports_no_torch():
         if path.stem not in ("worker", "page")
     ]
     assert len(modules) > 8
-    code = f"import sys, {', '.join(f'deploy.serving.{name}' for name in modules)}; print(sorted(sys.modules))"
+    imported = ", ".join(f"deploy.serving.{name}" for name in modules)
+    code = f"import sys, {imported}; print(sorted(sys.modules))"
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True
     )
     loaded = set(json.loads(result.stdout.replace("'", '"')))
-    assert loaded.isdisjoint({"torch", "transformers", "numpy"}) and "fastapi" in loaded
+    assert loaded.isdisjoint({"torch", "transformers", "numpy", "common"}) and "fastapi" in loaded
 
 
 def test_the_dockerfile_runs_the_command_that_is_tested_here(model):
-    """Its entry point is read by the real command line, and it installs what the gateway imports."""
+    """The real command line reads its entry point; it installs what the gateway imports."""
     text = (ROOT / "Dockerfile").read_text()
     entry = json.loads(text.split("ENTRYPOINT ")[1].splitlines()[0])
     assert entry[:3] == ["python", "-m", "deploy.serving"]
-    options = parse([*entry[3:], "--model", str(model)])
+    options = _parse([*entry[3:], "--model", str(model)])
     assert (options.host, options.port) == ("0.0.0.0", 8000) and not options.log_prompts
     packages = text.split("'^(")[1].split(")==")[0].split("|")
     pinned = [

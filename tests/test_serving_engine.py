@@ -14,9 +14,11 @@ from openai import APIError, APIStatusError, AsyncOpenAI, BadRequestError, OpenA
 from serving_tools import CONTEXT, save_chat_model, until
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from common.evaluation import generate
-from deploy.serving.prompts import PromptFormat, prompt_text
-from deploy.serving.reports import arm_counts, preference_pairs
+from common.evaluation import Sampling, generate
+from common.io.formats import dialogue
+from deploy.feedback import preference_pairs
+from deploy.serving.prompts import PromptFormat
+from deploy.serving.reports import arm_counts
 from deploy.serving.start import serving
 
 THINGS = ("kettle", "lamp", "bicycle", "piano", "oven", "rope", "garden", "boat")
@@ -71,7 +73,7 @@ def own_answers(folder, tokens: int, questions: list[str] = QUESTIONS) -> dict:
         AutoTokenizer.from_pretrained(folder),
     )
     prompts = [f"\n\nHuman: {question}\n\nAssistant:" for question in questions]
-    answers = generate(model, tokenizer, prompts, tokens, temperature=0)
+    answers = generate(model, tokenizer, prompts, Sampling(tokens, temperature=0))
     return {question: answer for question, [answer] in zip(questions, answers, strict=True)}
 
 
@@ -163,7 +165,7 @@ def test_the_prompt_is_counted_as_the_engine_counts_it(client, folder):
         ("user", "Is\n it?"),
     ]
     messages = [{"role": role, "content": content} for role, content in turns]
-    assert form.text(messages) == prompt_text(messages)
+    assert form.text(messages) == dialogue(messages)
     answer = client.chat.completions.create(model="dpo", messages=messages, max_tokens=1)
     assert answer.usage.prompt_tokens == form.count(messages)
     assert form.context == CONTEXT

@@ -77,14 +77,14 @@ def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
 @pytest.mark.parametrize(
     ("body", "param", "said"),
     [
-        (b"{", None, "not valid JSON"),
+        (b"{", None, "Invalid JSON"),
         (b"[]", None, "one JSON object"),
-        (b"[" * 100_000, None, "nested too deeply"),
-        (b"\xff\xfe", None, "not valid JSON"),
-        (b"{}", "messages", "must be a list"),
-        ({"messages": []}, "messages", "not empty"),
-        ({"messages": [{"role": "robot"}]}, "messages[0]", "system"),
-        ({"messages": [{"role": "user"}]}, "messages[0]", "must be text"),
+        (b"[" * 100_000, None, "recursion limit"),
+        (b"\xff\xfe", None, "Invalid JSON"),
+        (b"{}", "messages", "messages: Field required"),
+        ({"messages": []}, "messages", "at least 1 item"),
+        ({"messages": [{"role": "robot"}]}, "messages[0]", "should be 'system'"),
+        ({"messages": [{"role": "user"}]}, "messages[0]", "content: Field required"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             "messages[0]",
@@ -92,17 +92,20 @@ def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
         ),
         (ASK | {"max_tokens": -1}, "max_tokens", "from 1 to 1024, not -1"),
         (ASK | {"max_tokens": 0}, "max_tokens", "from 1 to 1024"),
-        (ASK | {"max_tokens": 1.5}, "max_tokens", "whole"),
-        (ASK | {"max_tokens": True}, "max_tokens", "whole"),
+        (ASK | {"max_tokens": 1.5}, "max_tokens", "valid integer, not 1.5"),
+        (ASK | {"max_tokens": True}, "max_tokens", "valid integer, not True"),
         (ASK | {"max_completion_tokens": 10**30}, "max_completion_tokens", "from 1 to 1024"),
-        (ASK | {"temperature": 3}, "temperature", "from 0 to 2"),
-        (ASK | {"n": 2}, "n", "does not support n"),
+        (ASK | {"temperature": 3}, "temperature", "less than or equal to 2, not 3"),
+        (ASK | {"n": 2}, "n", "does not support it"),
         (ASK | {"best_of": 2}, "best_of", "does not know"),
-        (ASK | {"stream": "yes"}, "stream", "true or false"),
-        (ASK | {"user": 7}, "user", "must be text"),
-        (ASK | {"temperature": 10**400}, "temperature", "from 0 to 2"),
-        (b'{"temperature": NaN}', "messages", "must be a list"),
-        (b'{"user": "\\ud800"}', None, "not valid JSON"),
+        (ASK | {"stream": "yes"}, "stream", "valid boolean, not yes"),
+        (ASK | {"user": 7}, "user", "valid string, not 7"),
+        (ASK | {"temperature": 10**400}, "temperature", "less than or equal to 2"),
+        (b'{"temperature": NaN}', "messages", "Field required"),
+        (b'{"user": "\\ud800"}', None, "Invalid JSON"),
+        (ASK | {"stop": ["a", ""]}, "stop[1]", "at least 1 character"),
+        (ASK | {"stop": list("abcde")}, "stop", "at most 4 items"),
+        (ASK | {"seed": -1}, "seed", "greater than or equal to 0, not -1"),
     ],
 )
 def test_a_wrong_request_is_told_what_to_change_and_never_reaches_the_engine(
@@ -125,6 +128,26 @@ def test_values_that_change_nothing_are_accepted(shared):
         ).status_code
         == 200
     )
+
+
+def test_text_parts_are_joined_and_other_keys_of_a_message_dropped(bench, fake):
+    parts = [{"type": "text", "text": "What is"}, {"type": "text", "text": "it?"}]
+    message = {"role": "user", "content": parts, "name": "ada"}
+    assert bench.post(json={"messages": [message]}).status_code == 200
+    assert fake.bodies[0]["messages"] == [{"role": "user", "content": "What is it?"}]
+
+
+def test_a_stream_counts_its_tokens_for_a_client_that_asks(shared):
+    body = ASK | {"stream": True, "stream_options": {"include_usage": True}}
+    *_, usage, done, _ = shared.post(json=body).text.split("\n\n")
+    assert done == "data: [DONE]"
+    assert json.loads(usage.removeprefix("data: "))["usage"]["total_tokens"] == 12
+
+
+def test_a_fault_of_the_gateway_itself_is_an_error_in_the_same_shape(shared, monkeypatch):
+    monkeypatch.setattr(shared.gateway, "assign", lambda *_: 1 / 0)
+    response = shared.post(json=ASK)
+    assert response.status_code == 500 and error_of(response)["code"] == "internal_error"
 
 
 def test_infinity_is_no_temperature(shared):
@@ -244,7 +267,7 @@ def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
     once with 429.
     """
     fake = FakeEngine(seconds=0.02)
-    with gateway(tmp_path, fake, concurrency=10, queue=90) as bench:
+    with gateway(tmp_path, fake, concurrency=10, queue=90, timeout=90) as bench:
         before, most = resident_megabytes(), []
 
         async def ask(client):
@@ -254,7 +277,7 @@ def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
 
         async def flood():
             limits = httpx.Limits(max_connections=1000)
-            settings = {"base_url": bench.root, "timeout": 60, "limits": limits, "trust_env": False}
+            settings = {"base_url": bench.root, "timeout": 90, "limits": limits, "trust_env": False}
             async with httpx.AsyncClient(**settings) as client:
                 return await asyncio.gather(*(ask(client) for _ in range(1000)))
 
@@ -281,7 +304,7 @@ def resident_megabytes() -> float:
     return int(status.read_text().split("VmRSS:")[1].split()[0]) / 1e3 if status.exists() else 0.0
 
 
-@pytest.mark.parametrize("fault", ["cut", "error event", "nonsense"])
+@pytest.mark.parametrize("fault", ["cut", "error event", "nonsense", "endless line"])
 def test_a_stream_that_breaks_ends_with_an_error_event(bench, fake, fault):
     """The client has the first words, then an error: never an answer that looks whole. The next one
     is whole.
@@ -436,7 +459,7 @@ def test_metrics_count_what_happened_and_name_no_user(bench):
 
 
 def test_a_failing_store_loses_records_but_no_answers(tmp_path, fake):
-    """A real SQLITE_FULL: the store may have 16 pages. Feedback is refused with 507, chat goes on."""
+    """A real SQLITE_FULL, from a limit of 16 pages: feedback is refused with 507, chat goes on."""
     with gateway(tmp_path, fake, max_bytes=16 * 4096) as bench:
         first = bench.post(json=ASK).json()["id"]
         long = {"messages": [{"role": "user", "content": "x" * 100_000}]}
@@ -468,8 +491,8 @@ def test_a_body_that_does_not_come_is_given_up(tmp_path, fake):
     with gateway(tmp_path, fake, timeout=1) as bench:
         host, port = bench.root.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port)), timeout=20) as line:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-            line.sendall(f"{head}Content-Length: 100\r\n\r\n".encode() + b"{")
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Length: 100\r\n"
+            line.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
             assert line.recv(4096).startswith(b"HTTP/1.1 408")
         assert bench.post(json=ASK).status_code == 200
 

@@ -14,7 +14,8 @@ import pytest
 from serving_tools import ASK, WORDS, FakeEngine, gateway, until
 
 from common.data import load_pairs
-from deploy.serving.reports import answers, arm_counts, preference_pairs, rows
+from deploy.feedback import preference_pairs
+from deploy.serving.reports import answers, arm_counts, rows
 from deploy.serving.store import Store, StoreError, UnknownRequest, choose_arm, pseudonym
 
 
@@ -57,7 +58,8 @@ import sys
 from deploy.serving.store import Store
 store = Store(sys.argv[1])
 for at in range(10**6):
-    store.add_request(id=str(at), created=0, caller="local", experiment="default", model="a", assigned=1, status=200)
+    row = dict(id=str(at), caller="local", experiment="default", model="a", assigned=1, status=200)
+    store.add_request(**row, created=0)
     store.add_feedback(str(at), "local", 1, True, "better").result()
     print(at, flush=True)
 """
@@ -97,7 +99,7 @@ def test_feedback_waits_for_the_disk_and_requests_do_not(store):
 
 
 def test_a_full_store_says_so_keeps_what_it_had_and_works_again(tmp_path):
-    """SQLite's real error, from a limit of 12 pages. Once the limit is raised, writing works again."""
+    """SQLite's real error, from a limit of 12 pages. With a higher limit, writing works again."""
     store = Store(tmp_path / "store.sqlite", max_bytes=12 * 4096)
     add(store, "first")
     rate(store, "first", 1)
@@ -242,13 +244,13 @@ def test_feedback_through_the_gateway_is_there_when_it_is_acknowledged(tmp_path)
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({}, "request_id must be"),
-        ({"request_id": "x"}, "rating must be"),
-        ({"request_id": "x", "rating": 1}, "rating must be"),
-        ({"request_id": "x", "rating": ["up"]}, "rating must be"),
-        ({"request_id": "x", "rating": "up", "consent": "yes"}, "consent must be"),
-        ({"request_id": "x", "rating": "up", "correction": 7}, "correction must be"),
-        ({"request_id": "x", "rating": "up", "stars": 5}, "no 'stars'"),
+        ({}, "request_id: Field required"),
+        ({"request_id": "x"}, "rating: Field required"),
+        ({"request_id": "x", "rating": 1}, "rating: Input should be 'up' or 'down', not 1"),
+        ({"request_id": "x", "rating": ["up"]}, "rating: Input should be 'up' or 'down'"),
+        ({"request_id": "x", "rating": "up", "consent": "yes"}, "consent: Input should be a valid"),
+        ({"request_id": "x", "rating": "up", "correction": 7}, "correction: Input should be"),
+        ({"request_id": "x", "rating": "up", "stars": 5}, "stars: The gateway does not know it"),
         ({"request_id": "x", "rating": "up"}, "No such answer"),
     ],
 )

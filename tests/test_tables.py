@@ -209,7 +209,7 @@ def test_a_column_of_parquet_that_comes_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("cut.jsonl.gz", gzip.compress(lines([GOOD]) * 50)[:-20]),
+        ("cut.jsonl.gz", gzip.compress(lines([GOOD]) * 50, mtime=0)[:-20]),
         ("not.csv.gz", b"prompt,chosen,rejected\n"),
         ("not.parquet", b"PAR1 this is no table"),
     ],

@@ -74,10 +74,30 @@ def test_the_first_failure_ends_the_run_and_says_where(tmp_path):
     assert not (tmp_path / "copies" / LAB / "02-B.ipynb").exists()
 
 
-def test_a_kernel_that_dies_is_a_failure(tmp_path):
-    notebook = write_notebook(tmp_path, "01-A.ipynb", "import os; os._exit(9)")
-    with pytest.raises(run_labs.LabFailed, match="(?s)cell 1/1.*os._exit.*DeadKernelError"):
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "killed by SIGKILL.*when memory runs out"),
+        ("import ctypes; ctypes.string_at(0)", r"killed by SIGSEGV\.\n"),
+        ("import os; os._exit(9)", "exit status 9"),
+    ],
+    ids=["out of memory", "crash", "exit"],
+)
+def test_a_kernel_that_dies_is_reported_with_the_cell_and_what_ended_it(tmp_path, source, reason):
+    notebook = write_notebook(tmp_path, "01-A.ipynb", "1", source)
+    with pytest.raises(run_labs.LabFailed) as failure:
         run_labs.run_all([notebook], tmp_path / "copies")
+    assert re.search(f"cell 2/2(?s:.)*{re.escape(source)}(?s:.)*{reason}", str(failure.value))
+
+
+def test_a_run_that_is_stopped_says_so_and_keeps_what_ran(tmp_path):
+    """The kernel itself sends Ctrl-C to this process, then never ends: the run must end it."""
+    stop = "import os, signal, time; os.kill(os.getppid(), signal.SIGINT); time.sleep(600)"
+    notebook = write_notebook(tmp_path, "01-A.ipynb", "print('here')", stop)
+    with pytest.raises(run_labs.LabFailed, match=r"(?s)cell 2/2.*was stopped from outside"):
+        run_labs.run_all([notebook], tmp_path / "copies")
+    copy = nbformat.read(tmp_path / "copies" / LAB / "01-A.ipynb", 4)
+    assert copy.cells[0].outputs[0].text == "here\n"
 
 
 def model(**values):

@@ -264,7 +264,7 @@ def test_another_reference_shifts_the_start(lab):
 
 
 def test_dpo_through_lora_starts_at_ln_2_without_a_second_model(lab, monkeypatch):
-    """A fresh adapter switched off is the reference. The finished model has plain, merged weights."""
+    """A fresh adapter switched off is the reference. The finished model has merged weights."""
     built, build = [], Trainer.__init__
 
     def watched(self, task, accelerator, policy, reference, evaluate):
@@ -915,7 +915,7 @@ def test_a_file_where_the_run_folder_should_be_is_named_with_what_to_do(
 
 
 def test_weights_that_blow_up_in_the_last_step_stop_the_run(lab, monkeypatch):
-    """The loss of a step is of the weights before it: only the held-out loss sees the last update."""
+    """The loss of a step is of the weights before it: only the held-out loss sees the last one."""
     monkeypatch.setattr(
         HeldOut,
         "measures",

@@ -1,4 +1,4 @@
-"""Our DPO and ORPO against TRL's trainers: same token ids, log-probabilities, losses and gradients."""
+"""Our DPO and ORPO against TRL's trainers: same tokens, log-probabilities, losses, gradients."""
 
 import copy
 
@@ -73,7 +73,7 @@ def models(tokenizer):
 
 
 def arguments(config, tmp_path, **settings):
-    """Every default that would change a number is set: precision, checkpointing, length, logging."""
+    """Every default that would change a number is set: precision, checkpoints, length, logging."""
     return config(
         output_dir=str(tmp_path),
         per_device_train_batch_size=len(PAIRS),

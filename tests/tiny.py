@@ -98,7 +98,7 @@ def naive_token_logps(
 
 
 class Bigram(torch.nn.Module):
-    """A model whose logits are a table, row by last token: every log-probability can be looked up."""
+    """A model whose logits are a table, row by last token, to look up every log-probability."""
 
     def __init__(self, table: torch.Tensor):
         super().__init__()
@@ -114,7 +114,8 @@ class Bigram(torch.nn.Module):
 
 def tokenizer(vocabulary: int = 400):
     """A byte-level BPE tokenizer trained on one short dialogue."""
-    text = "\n\nHuman: What is the kettle for?\n\nAssistant: The kettle is for boiling water, since it does that best."
+    text = "\n\nHuman: What is the kettle for?"
+    text += "\n\nAssistant: The kettle is for boiling water, since it does that best."
     return train_tokenizer([text] * 3, vocabulary)
 
 

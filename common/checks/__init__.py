@@ -1,35 +1,36 @@
-"""How the exercises are checked: a register of checks, and the door to them."""
+"""Instant checks of the exercises: `check(name, fn)` prints which properties of `fn` hold."""
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
-CHECKS: dict[str, Callable[[Callable], Iterator[tuple[str, bool]]]] = {}
+import torch
 
 
-def exercise(name: str):
-    """Registers a check: a generator that calls the student's function and yields (property, does
-    it hold?).
+def all_checks() -> dict[str, Callable[[Callable], Iterator[tuple[str, bool]]]]:
+    """The check of each exercise, by its name.
+
+    A check is a generator function `check_<exercise>` in `checks/dpo.py` (Lab 1.7) or
+    `checks/orpo.py` (Lab 1.8). It calls the student's function and yields pairs: a property, and
+    whether it holds.
     """
-
-    def register(function):
-        CHECKS[name] = function
-        return function
-
-    return register
+    found = {}
+    for lab in ("dpo", "orpo"):
+        for name, function in vars(import_module(f"common.checks.{lab}")).items():
+            if name.startswith("check_"):
+                found[name.removeprefix("check_")] = function
+    return found
 
 
 def check(name: str, fn: Callable) -> None:
-    """Prints which properties of `fn` hold or broke, up to the first error it raises.
+    """Prints which properties of `fn` hold or broke, up to the first error that it raises.
 
-    Raises: KeyError for an unknown exercise; AssertionError, with the broken properties, unless all
-        hold.
+    Raises: KeyError for an unknown exercise; AssertionError with the broken properties.
     """
-    for lab in ("dpo", "orpo"):  # each registers its checks
-        import_module(f"common.checks.{lab}")
-    if name not in CHECKS:
-        raise KeyError(f"No exercise is called {name!r}. They are: {', '.join(sorted(CHECKS))}.")
+    known = all_checks()
+    if name not in known:
+        raise KeyError(f"No exercise is called {name!r}. They are: {', '.join(sorted(known))}.")
     broken = []
-    properties = CHECKS[name](fn)
+    properties = known[name](fn)
     while True:
         try:
             text, holds = next(properties)
@@ -44,3 +45,9 @@ def check(name: str, fn: Callable) -> None:
             broken.append(text)
     if broken:
         raise AssertionError(f"{name}: {len(broken)} of its properties broke: {'; '.join(broken)}")
+
+
+def close(found, expected, tolerance: float = 1e-12) -> bool:
+    """Whether two numbers, lists or tensors have one shape and agree to a tolerance."""
+    found, expected = (torch.as_tensor(each, dtype=torch.float64) for each in (found, expected))
+    return found.shape == expected.shape and torch.allclose(found, expected, tolerance, tolerance)

@@ -19,100 +19,57 @@ from deploy.serving.app import build_app
 from deploy.serving.engine import Engine
 from deploy.serving.gateway import AUTO, Gateway
 from deploy.serving.limits import Limits, is_loopback, read_keys
+from deploy.serving.own_engine import OwnEngine
 from deploy.serving.store import Store, StoreError, choose_arm
 
 log = logging.getLogger("deploy.serving")
+LIMITS = {  # fields of Limits that are options
+    "max_tokens": "of one answer",
+    "body_bytes": "of one request",
+    "requests_per_minute": "per key",
+    "concurrency": "requests at one engine at once",
+    "queue": "requests that wait for one engine",
+    "timeout": "seconds for a request",
+}
 
 
-def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
-    default = Limits()
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.serving", description=__doc__.split("\n")[0]
-    )
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    about = __doc__.split("\n\n")[0]
+    parser = argparse.ArgumentParser("python -m deploy.serving", description=about)
     add = parser.add_argument
+
+    def setting(name: str, default, text: str) -> None:
+        add(name, type=type(default), default=default, help=f"{text} (default: %(default)s)")
+
     add(
         "--model",
         action="append",
         required=True,
         metavar="DIR[=WEIGHT]",
-        help="a model folder (with --engine: a model's name there), and its share of the A/B test; repeat for more",
+        help="a model folder (with --engine: a model's name there), and its share of the A/B test; "
+        "repeat for more",
     )
     add(
         "--engine",
         metavar="URL",
         action="append",
         default=[],
-        help="an OpenAI-compatible engine that already runs (vLLM, SGLang, llama.cpp), such as http://127.0.0.1:8001; "
-        "once, or once per --model. Its key, if any, is read from LAB_ENGINE_KEY. Default: one of our own per folder",
+        help="an OpenAI-compatible engine that already runs (vLLM, SGLang, llama.cpp), such as "
+        "http://127.0.0.1:8001; once, or once per --model. Its key, if any, is read from "
+        "LAB_ENGINE_KEY. Default: one of our own per folder",
     )
-    add("--host", default="127.0.0.1", help="another one needs LAB_API_KEYS (default: %(default)s)")
-    add("--port", type=int, default=8000, help="0 for a free one (default: %(default)s)")
-    add(
-        "--store",
-        type=Path,
-        default=Path("runs/serving.sqlite"),
-        help="SQLite file (default: %(default)s)",
-    )
-    add("--store-megabytes", type=int, default=2000, help="its largest size (default: %(default)s)")
-    add(
-        "--retention-days",
-        type=float,
-        default=30.0,
-        help="texts without the user's consent are removed after so long (default: %(default)g)",
-    )
-    add(
-        "--experiment",
-        default="default",
-        help="the A/B test's name: another one assigns users anew",
-    )
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="of requests that name none (default: %(default)g, greedy)",
-    )
-    add(
-        "--no-batching",
-        action="store_true",
-        help="our own engine answers one by one, at each request's temperature",
-    )
-    add(
-        "--max-tokens",
-        type=int,
-        default=default.max_tokens,
-        help="of one answer (default: %(default)s)",
-    )
-    add(
-        "--body-bytes",
-        type=int,
-        default=default.body_bytes,
-        help="of one request (default: %(default)s)",
-    )
-    add(
-        "--requests-per-minute",
-        type=int,
-        default=default.requests_per_minute,
-        help="per key (default: %(default)s)",
-    )
-    add(
-        "--concurrency",
-        type=int,
-        default=default.concurrency,
-        help="at one engine at once (default: %(default)s)",
-    )
-    add(
-        "--queue",
-        type=int,
-        default=default.queue,
-        help="waiting for one engine (default: %(default)s)",
-    )
-    add(
-        "--timeout",
-        type=float,
-        default=default.timeout,
-        help="seconds for a request (default: %(default)g)",
-    )
+    days = "texts without the user's consent are removed after so long"
+    setting("--host", "127.0.0.1", "another one needs LAB_API_KEYS")
+    setting("--port", 8000, "0 for a free one")
+    setting("--store", Path("runs/serving.sqlite"), "SQLite file")
+    setting("--store-megabytes", 2000, "its largest size")
+    setting("--retention-days", 30.0, days)
+    setting("--experiment", "default", "of the A/B test: a new name assigns users anew")
+    setting("--temperature", 0.0, "of requests that name none; 0 is greedy")
+    own = "our own engine answers one by one, at each request's temperature"
+    add("--no-batching", action="store_true", help=own)
+    for name, text in LIMITS.items():
+        setting(f"--{name.replace('_', '-')}", getattr(Limits, name), text)
     add("--log-prompts", action="store_true", help="write prompts and answers to the log")
     add("--end-with-parent", action="store_true", help="shut down when standard input closes")
     return parser.parse_args(arguments)
@@ -128,82 +85,64 @@ def named(models: list[str]) -> dict[str, tuple[str, float]]:
     try:
         weights = [float(weight) for _, _, weight in split]
     except ValueError as error:
-        raise ValueError(
-            f"--model {error}: write --model DIR=WEIGHT, such as --model runs/cpu/dpo=0.9"
-        ) from error
+        advice = "write --model DIR=WEIGHT, such as --model runs/cpu/dpo=0.9"
+        raise ValueError(f"--model {error}: {advice}") from error
     sources = [source for source, _, _ in split]
     parts = [Path(source).resolve().parts[1:] for source in sources]
     if len(set(parts)) < len(parts):
         raise ValueError("The same --model is given twice.")
-    names = next(
-        n
-        for depth in range(1, 99)
-        if len(set(n := ["/".join(p[-depth:]) for p in parts])) == len(parts)
-    )
+    depth = 1
+    while len(set(names := ["/".join(part[-depth:]) for part in parts])) < len(parts):
+        depth += 1
     if AUTO in names:
-        raise ValueError(
-            f"No model can be called {AUTO!r}: that name leaves the choice to the A/B test."
-        )
+        raise ValueError(f"No model can be called {AUTO!r}: with it the A/B test chooses.")
     return dict(zip(names, zip(sources, weights, strict=True), strict=True))
+
+
+def limits_of(options: argparse.Namespace) -> Limits:
+    """The limits that the command line asks for. Raises: ValueError for one that makes no sense."""
+    limits = Limits(**{name: getattr(options, name) for name in LIMITS})
+    if min(options.queue, options.retention_days, options.temperature) < 0:
+        raise ValueError("--queue, --retention-days and --temperature must be 0 or larger.")
+    if options.temperature > 2:
+        raise ValueError("--temperature must be 2 at most.")
+    if min(value for name, value in vars(limits).items() if name != "queue") <= 0:
+        raise ValueError("Limits must be above 0 (--queue may be 0: then nobody waits).")
+    return limits
 
 
 def gateway_of(options: argparse.Namespace) -> Gateway:
     """The gateway that the command line asks for. Raises: ValueError, StoreError, with what to
     change.
     """
-    keys = read_keys(os.environ.get("LAB_API_KEYS", ""))
+    keys, limits = read_keys(os.environ.get("LAB_API_KEYS", "")), limits_of(options)
     if not keys and not is_loopback(options.host):
         raise ValueError(
-            f"Without API keys the gateway does not listen on {options.host}, where others could reach it. "
-            "Set LAB_API_KEYS, or leave --host out."
+            f"Without API keys the gateway does not listen on {options.host}, where others could "
+            "reach it. Set LAB_API_KEYS, or leave --host out."
         )
     if not keys:
         log.warning("no API keys (LAB_API_KEYS): everybody on this machine may ask, nobody else")
-    limits = Limits(
-        options.body_bytes,
-        options.max_tokens,
-        options.requests_per_minute,
-        options.concurrency,
-        options.queue,
-        options.timeout,
-    )
-    if options.queue < 0 or options.retention_days < 0:
-        raise ValueError("--queue and --retention-days must be 0 or larger.")
-    if min(value for name, value in vars(limits).items() if name != "queue") <= 0:
-        raise ValueError("Limits must be above 0 (--queue may be 0: then nobody waits).")
-    if options.temperature < 0:
-        raise ValueError("--temperature must be 0 or larger.")
-    models = named(options.model)
-    if len(options.engine) not in (0, 1, len(models)):
+    models, urls = named(options.model), options.engine
+    if len(urls) not in (0, 1, len(models)):
         raise ValueError(f"Give --engine once, or once for each of the {len(models)} models.")
-    urls = (
-        options.engine
-        if len(options.engine) == len(models)
-        else (options.engine or [None]) * len(models)
-    )
-    key, engines = os.environ.get("LAB_ENGINE_KEY"), {}
-    for (name, (source, _)), url in zip(models.items(), urls, strict=True):
-        name, folder = (source, None) if url else (name, Path(source).resolve())
-        address = url.rstrip("/").removesuffix("/v1") if url else None
-        engines[name] = Engine(
-            name, limits, folder, address, key, not options.no_batching, options.temperature
-        )
-    weights = dict(zip(engines, (weight for _, weight in models.values()), strict=True))
-    choose_arm("anybody", weights)
+    urls = urls if len(urls) > 1 else (urls or [None]) * len(models)
+    key, engines, weights = os.environ.get("LAB_ENGINE_KEY"), {}, {}
+    for (name, (source, weight)), url in zip(models.items(), urls, strict=True):
+        if url:  # there, a model has the name that the engine gave it
+            engine = Engine(source, limits, url.rstrip("/").removesuffix("/v1"), key)
+        else:
+            folder, batching = Path(source).resolve(), not options.no_batching
+            engine = OwnEngine(name, limits, folder, batching, options.temperature)
+        engines[engine.name], weights[engine.name] = engine, weight
+    choose_arm("anybody", weights)  # refuses weights that are no shares
     store = Store(options.store, options.store_megabytes * 1_000_000)
-    return Gateway(
-        engines,
-        weights,
-        store,
-        keys,
-        limits,
-        options.experiment,
-        options.retention_days,
-        options.log_prompts,
-    )
+    gateway = Gateway(engines, weights, store, keys, limits, options.experiment)
+    gateway.retention_days, gateway.log_prompts = options.retention_days, options.log_prompts
+    return gateway
 
 
-def end_with_parent() -> None:
+def _end_with_parent() -> None:
     """Shuts down, as on SIGTERM, once standard input is closed."""
     sys.stdin.buffer.read()
     os.kill(os.getpid(), signal.SIGTERM)
@@ -213,7 +152,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Serves until SIGTERM or Ctrl-C; then answers that have begun are finished. Returns the exit
     status.
     """
-    options = parse(arguments)
+    options = _parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
@@ -226,9 +165,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (OSError, ValueError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    app = build_app(gateway)
     config = uvicorn.Config(
-        app,
+        build_app(gateway),
         log_config=None,
         log_level="warning",
         access_log=False,
@@ -239,11 +177,10 @@ def main(arguments: list[str] | None = None) -> int:
         timeout_keep_alive=15,
     )
     if options.end_with_parent:
-        threading.Thread(target=end_with_parent, daemon=True).start()
-    address = f"[{options.host}]" if ":" in options.host else options.host
-    log.info(
-        "serving %s on http://%s:%d", ", ".join(gateway.engines), address, listener.getsockname()[1]
-    )
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+    host = f"[{options.host}]" if ":" in options.host else options.host
+    port = listener.getsockname()[1]
+    log.info("serving %s on http://%s:%d", ", ".join(gateway.engines), host, port)
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

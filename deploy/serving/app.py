@@ -7,18 +7,18 @@ import time
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, asynccontextmanager, suppress
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from deploy.serving import chat
+from deploy.serving.chat import ChatRequest, Feedback, read
 from deploy.serving.gateway import AUTO, CLIENT_GONE, Exchange, Gateway
 from deploy.serving.limits import Refusal
 from deploy.serving.store import StoreError, UnknownRequest, pseudonym
 
-CORRECTION_LETTERS = 20_000
+router = APIRouter()
 
 
 class ClientGone(Exception):
@@ -32,13 +32,7 @@ class EventStream(StreamingResponse):
     One that stays but does not read is cut off after `seconds`: it must not hold a place for ever.
     """
 
-    def __init__(
-        self,
-        events: AsyncIterator[bytes],
-        source: AsyncIterator[str],
-        headers: dict,
-        seconds: float,
-    ):
+    def __init__(self, events: AsyncIterator, source: AsyncIterator, headers: dict, seconds: float):
         super().__init__(events, media_type="text/event-stream", headers=headers)
         self.source, self.seconds = source, seconds
 
@@ -63,8 +57,8 @@ async def while_connected(request: Request, work: Coroutine):
             raise ClientGone
         return task.result()
     finally:
-        for one in (task, gone):
-            one.cancel()
+        task.cancel()
+        gone.cancel()
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
@@ -75,201 +69,172 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         page may post a form to this machine, but no JSON. ClientGone if the client hangs up in the
         middle.
     """
-    if (
-        request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        != "application/json"
-    ):
-        raise Refusal(
-            415,
-            "unsupported_media_type",
-            "Send JSON, with the header 'Content-Type: application/json'.",
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        said = "Send JSON, with the header 'Content-Type: application/json'."
+        raise Refusal(415, "unsupported_media_type", said)
+    too_large = Refusal(413, "body_too_large", f"The body is larger than {most} bytes. Send less.")
+    announced, body = request.headers.get("content-length", ""), bytearray()
+    if announced.isdecimal() and int(announced) > most:
+        raise too_large
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        said = f"The body did not come within {seconds:g} s. Send it again."
+        raise Refusal(408, "request_timeout", said) from None
+    except ClientDisconnect:
+        raise ClientGone from None
+    return bytes(body)
+
+
+def _gateway(request: Request) -> Gateway:
+    """The gateway that this app stands for."""
+    return request.app.state.gateway
+
+
+async def body_of(request: Request, kind: type):
+    """The checked body of a request. Raises: Refusal, ClientGone."""
+    limits = _gateway(request).limits
+    return read(kind, await read_body(request, limits.body_bytes, limits.timeout), limits)
+
+
+@router.post("/v1/chat/completions")
+async def post_chat(request: Request):
+    """Admits, reads and assigns a request; then the answer, in one piece or streamed."""
+    started, request.scope["counted_as"] = time.monotonic(), "chat"
+    gateway = _gateway(request)
+    name = gateway.admit(request)
+    asked = await body_of(request, ChatRequest)
+    user = pseudonym(gateway.experiment, asked.asker) if asked.asker else None
+    model, assigned = gateway.assign(asked.model, user)
+    gateway.engines[model].check_options(asked.options)
+    exchange = Exchange(gateway, asked, name, model, assigned, user, started)
+    request.state.exchange = exchange
+    if not asked.stream:
+        answer = await while_connected(request, exchange.whole())
+        return JSONResponse(answer, headers=exchange.headers)
+    pieces = exchange.pieces()
+    # An error before the first piece has a status of its own.
+    first = await while_connected(request, anext(pieces, None))
+    events, seconds = exchange.events(pieces, first), gateway.limits.timeout + 5
+    return EventStream(events, pieces, exchange.headers, seconds)
+
+
+@router.get("/v1/models")
+async def get_models(request: Request):
+    """The names that a client may ask for."""
+    gateway = _gateway(request)
+    gateway.admit(request)
+    own = {"object": "model", "created": gateway.started, "owned_by": "course"}
+    return {"object": "list", "data": [{"id": name, **own} for name in [*gateway.engines, AUTO]]}
+
+
+@router.post("/v1/feedback")
+async def post_feedback(request: Request):
+    """Keeps a thumb on an answer. It is on the disk when this returns."""
+    request.scope["counted_as"] = "feedback"
+    gateway = _gateway(request)
+    name = gateway.admit(request)
+    given = await body_of(request, Feedback)
+    rating = 1 if given.rating == "up" else -1
+    row = (given.request_id, name, rating, given.consent, given.correction)
+    try:
+        model = await asyncio.wrap_future(gateway.store.add_feedback(*row))
+    except UnknownRequest as error:
+        said = "No such answer was given to this key. Send the id of an answer."
+        raise Refusal(404, "unknown_request", said, "request_id") from error
+    except StoreError as error:
+        advice = (
+            "Free some space, or raise --store-megabytes." if error.full else "Try again later."
         )
-    length, parts = request.headers.get("content-length", ""), []
-    size = int(length) if length.isdecimal() else 0
-    if size <= most:
-        size = 0
-        try:
-            async with asyncio.timeout(seconds):
-                async for part in request.stream():
-                    parts.append(part)
-                    if (size := size + len(part)) > most:
-                        break
-        except TimeoutError:
-            said = f"The body did not come within {seconds:g} s. Send it again."
-            raise Refusal(408, "request_timeout", said) from None
-        except ClientDisconnect:
-            raise ClientGone from None
-    if size > most:
-        raise Refusal(413, "body_too_large", f"The body is larger than {most} bytes. Send less.")
-    return b"".join(parts)
+        status, said = 507 if error.full else 503, f"{error} {advice} Answers go on."
+        raise Refusal(status, "not_kept", said, retry_after=30) from error
+    gateway.metrics.feedback.labels(model, str(rating)).inc()
+    gateway.metrics.requests.labels("feedback", model, "200").inc()
+    return {"object": "feedback", "request_id": given.request_id, "kept": True}
+
+
+@router.get("/health")
+async def get_health():
+    """Does the gateway run?"""
+    return {"status": "ok"}
+
+
+@router.get("/ready")
+async def get_ready(request: Request):
+    """Do all its engines answer? 503 until they do."""
+    engines = _gateway(request).engines
+    ready = {name: engine.ready.is_set() for name, engine in engines.items()}
+    states = {name: "ready" if answers else "starting" for name, answers in ready.items()}
+    fine = all(ready.values())
+    return JSONResponse({"ready": fine, "engines": states}, 200 if fine else 503)
+
+
+@router.get("/metrics")
+async def get_metrics(request: Request):
+    """Counts and times, in the format of Prometheus."""
+    gateway = _gateway(request)
+    gateway.admit(request, counted=False)
+    return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def refused(request: Request, refusal: Refusal) -> JSONResponse:
+    """A refusal as OpenAI's error, counted unless its exchange has counted itself."""
+    if not getattr(request.state, "exchange", None):
+        path = request.scope.get("counted_as", "other")
+        _gateway(request).metrics.requests.labels(path, "", str(refusal.status)).inc()
+    return JSONResponse(refusal.body, refusal.status, refusal.headers)
+
+
+async def http_error(request: Request, error: HTTPException) -> JSONResponse:
+    """What FastAPI itself refuses: an address or a method that is not there."""
+    path, code, said = request.url.path[:80], "error", str(error.detail)
+    if error.status_code == 404:
+        known = "POST /v1/chat/completions, GET /v1/models, POST /v1/feedback"
+        code, said = "not_found", f"No {path} here. See {known}."
+    elif error.status_code == 405:
+        code, said = "method_not_allowed", f"{path} does not take {request.method}."
+    return await refused(request, Refusal(error.status_code, code, said))
+
+
+async def failed(request: Request, error: Exception) -> JSONResponse:
+    """A fault of the gateway itself."""
+    said = "The gateway failed on this request; its log says why."
+    return await refused(request, Refusal(500, "internal_error", said))
+
+
+async def client_gone(request: Request, gone: ClientGone) -> Response:
+    """Nobody reads this; it ends the request."""
+    return Response(status_code=CLIENT_GONE)
+
+
+@asynccontextmanager
+async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Starts the engines, and ends them after the last answer."""
+    gateway: Gateway = app.state.gateway
+    tasks = [asyncio.create_task(engine.supervise()) for engine in gateway.engines.values()]
+    tasks.append(asyncio.create_task(gateway.forget()))
+    yield
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    gateway.store.close()
 
 
 def build_app(gateway: Gateway) -> FastAPI:
-    """The app. Its lifespan starts the engines and ends them after the last answer."""
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI):
-        tasks = [asyncio.create_task(engine.supervise()) for engine in gateway.engines.values()]
-        tasks.append(asyncio.create_task(gateway.forget()))
-        yield
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        gateway.store.close()
-
+    """The app of one gateway."""
+    handlers = {ClientGone: client_gone, HTTPException: http_error, Exception: failed}
     app = FastAPI(
         title="Gateway",
         lifespan=lifespan,
-        docs_url=None,
-        redoc_url=None,
-        openapi_url=None,
         telemetry={"tracing": False, "metrics": False},
+        exception_handlers={Refusal: refused, **handlers},
+        **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),  # none of FastAPI's own pages
     )
-
-    async def body_of(request: Request) -> bytes:
-        return await read_body(request, gateway.limits.body_bytes, gateway.limits.timeout)
-
-    def refuse(request: Request, refusal: Refusal) -> JSONResponse:
-        if not getattr(request.state, "exchange", None):  # an exchange counts itself
-            gateway.metrics.requests.labels(
-                request.scope.get("counted_as", "other"), "", str(refusal.status)
-            ).inc()
-        return JSONResponse(refusal.body, refusal.status, refusal.headers)
-
-    @app.exception_handler(Refusal)
-    async def refused(request: Request, refusal: Refusal):
-        return refuse(request, refusal)
-
-    @app.exception_handler(ClientGone)
-    async def client_gone(request: Request, gone: ClientGone):
-        return Response(status_code=CLIENT_GONE)
-
-    @app.exception_handler(HTTPException)
-    async def http_error(request: Request, error: HTTPException):
-        messages = {
-            404: f"No {request.url.path[:80]} here. See POST /v1/chat/completions, GET /v1/models, POST /v1/feedback.",
-            405: f"{request.url.path[:80]} does not take {request.method}.",
-        }
-        codes = {404: "not_found", 405: "method_not_allowed"}
-        status = error.status_code
-        return refuse(
-            request,
-            Refusal(status, codes.get(status, "error"), messages.get(status, str(error.detail))),
-        )
-
-    @app.exception_handler(Exception)
-    async def failed(request: Request, error: Exception):
-        return refuse(
-            request,
-            Refusal(500, "internal_error", "The gateway failed on this request; its log says why."),
-        )
-
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request):
-        started, request.scope["counted_as"] = time.monotonic(), "chat"
-        name = gateway.admit(request)
-        asked = chat.read_chat(await body_of(request), gateway.limits)
-        user = pseudonym(gateway.experiment, asked.user) if asked.user else None
-        model, assigned = gateway.assign(asked.model, user)
-        gateway.engines[model].check_options(asked.options)
-        exchange = Exchange(gateway, asked, name, model, assigned, user, started)
-        request.state.exchange = exchange
-        if not asked.stream:
-            return JSONResponse(
-                await while_connected(request, exchange.whole()), headers=exchange.headers
-            )
-        pieces = exchange.pieces()
-        first = await while_connected(
-            request, anext(pieces, None)
-        )  # errors until here have a status of their own
-        return EventStream(
-            exchange.events(pieces, first), pieces, exchange.headers, gateway.limits.timeout + 5
-        )
-
-    @app.get("/v1/models")
-    async def models(request: Request):
-        gateway.admit(request)
-        own = {"object": "model", "created": gateway.started, "owned_by": "course"}
-        return {
-            "object": "list",
-            "data": [{"id": name, **own} for name in [*gateway.engines, AUTO]],
-        }
-
-    @app.post("/v1/feedback")
-    async def feedback(request: Request):
-        request.scope["counted_as"] = "feedback"
-        name = gateway.admit(request)
-        given = read_feedback(chat.read_object(await body_of(request)))
-        try:
-            model = await asyncio.wrap_future(gateway.store.add_feedback(caller=name, **given))
-        except UnknownRequest as error:
-            raise Refusal(
-                404,
-                "unknown_request",
-                "No such answer was given to this key. Send the id of an answer.",
-                "request_id",
-            ) from error
-        except StoreError as error:
-            advice = (
-                "Free some space, or raise --store-megabytes."
-                if error.full
-                else "Send it again later."
-            )
-            status = 507 if error.full else 503
-            raise Refusal(
-                status, "not_kept", f"{error} {advice} Answers go on.", retry_after=30
-            ) from error
-        gateway.metrics.feedback.labels(model, str(given["rating"])).inc()
-        gateway.metrics.requests.labels("feedback", model, "200").inc()
-        return {"object": "feedback", "request_id": given["request_id"], "kept": True}
-
-    @app.get("/health")
-    async def health():
-        return {"status": "ok"}
-
-    @app.get("/ready")
-    async def ready():
-        states = {
-            name: "ready" if engine.ready.is_set() else "starting"
-            for name, engine in gateway.engines.items()
-        }
-        fine = all(state == "ready" for state in states.values())
-        return JSONResponse({"ready": fine, "engines": states}, 200 if fine else 503)
-
-    @app.get("/metrics")
-    async def metrics(request: Request):
-        gateway.admit(request, counted=False)
-        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
+    app.state.gateway = gateway
+    app.include_router(router)
     return app
-
-
-def read_feedback(given: dict) -> dict:
-    """The checked feedback of a request's body. Raises: Refusal (400)."""
-    if unknown := set(given) - {"request_id", "rating", "consent", "correction"}:
-        raise Refusal(
-            400, "unknown_parameter", f"Feedback has no {sorted(unknown)[0][:60]!r}. Leave it out."
-        )
-    if not isinstance(given.get("request_id"), str):
-        raise chat.wrong("request_id", "request_id must be the id of an answer: chatcmpl-….")
-    ratings = {"up": 1, "down": -1}
-    if not isinstance(given.get("rating"), str) or given["rating"] not in ratings:
-        raise chat.wrong("rating", 'rating must be "up" or "down".')
-    if not isinstance(given.get("consent", False), bool):
-        raise chat.wrong(
-            "consent", "consent must be true or false: may this be used to train the next model?"
-        )
-    correction = given.get("correction")
-    if correction is not None and not (
-        isinstance(correction, str) and len(correction) <= CORRECTION_LETTERS
-    ):
-        raise chat.wrong(
-            "correction",
-            f"correction must be a better answer, at most {CORRECTION_LETTERS} letters.",
-        )
-    return {
-        "request_id": given["request_id"],
-        "rating": ratings[given["rating"]],
-        "consent": given.get("consent", False),
-        "correction": correction,
-    }

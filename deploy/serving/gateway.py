@@ -32,32 +32,27 @@ class Metrics:
 
     def __init__(self, engines: dict[str, Engine]):
         self.registry = CollectorRegistry()
-        own = {"registry": self.registry}
-        self.requests = Counter(
-            "gateway_requests", "Answered requests", ["path", "model", "status"], **own
+
+        def new(kind, name: str, what: str, *labels: str, **options):
+            return kind(f"gateway_{name}", what, labels, registry=self.registry, **options)
+
+        times = {"buckets": SECONDS}
+        self.requests = new(Counter, "requests", "Answered requests", "path", "model", "status")
+        self.seconds = new(Histogram, "seconds", "Seconds to a whole answer", "model", **times)
+        self.first = new(Histogram, "first_token_seconds", "To the first token", "model", **times)
+        self.tokens = new(Counter, "tokens", "Tokens", "model", "kind")
+        self.feedback = new(Counter, "feedback", "Feedback that was kept", "model", "rating")
+        self.lost = new(Counter, "records_lost", "Requests that the store could not keep")
+        watched = (
+            ("running", "Requests at the engine now", lambda engine: engine.slots.running),
+            ("waiting", "Requests that wait for a place", lambda engine: engine.slots.waiting),
+            ("engine_restarts", "Times the engine was restarted", lambda engine: engine.restarts),
+            ("engine_ready", "1 while the engine answers", lambda engine: engine.ready.is_set()),
         )
-        self.seconds = Histogram(
-            "gateway_seconds", "Seconds to a whole answer", ["model"], buckets=SECONDS, **own
-        )
-        self.first = Histogram(
-            "gateway_first_token_seconds", "To the first token", ["model"], buckets=SECONDS, **own
-        )
-        self.tokens = Counter("gateway_tokens", "Tokens", ["model", "kind"], **own)
-        self.feedback = Counter(
-            "gateway_feedback", "Feedback that was kept", ["model", "rating"], **own
-        )
-        self.lost = Counter("gateway_records_lost", "Requests that the store could not keep", **own)
-        self.running = Gauge("gateway_running", "Requests at the engine now", ["model"], **own)
-        self.waiting = Gauge("gateway_waiting", "Requests that wait for a place", ["model"], **own)
-        self.restarts = Gauge(
-            "gateway_engine_restarts", "How often the engine was started again", ["model"], **own
-        )
-        self.up = Gauge("gateway_engine_ready", "1 while the engine answers", ["model"], **own)
-        for name, engine in engines.items():
-            self.running.labels(name).set_function(lambda engine=engine: engine.slots.running)
-            self.waiting.labels(name).set_function(lambda engine=engine: engine.slots.waiting)
-            self.restarts.labels(name).set_function(lambda engine=engine: engine.restarts)
-            self.up.labels(name).set_function(lambda engine=engine: engine.ready.is_set())
+        for name, what, value in watched:
+            gauge = new(Gauge, name, what, "model")
+            for model, engine in engines.items():
+                gauge.labels(model).set_function(lambda engine=engine, value=value: value(engine))
 
 
 @dataclass
@@ -96,12 +91,8 @@ class Gateway:
             return choose_arm(user or random.randbytes(16).hex(), self.weights), True
         if wanted not in self.engines:
             names = ", ".join([*self.engines, AUTO])
-            raise Refusal(
-                404,
-                "model_not_found",
-                f"No model {wanted[:80]!r} here. Choose one of: {names}.",
-                "model",
-            )
+            said = f"No model {wanted[:80]!r} here. Choose one of: {names}."
+            raise Refusal(404, "model_not_found", said, "model")
         return wanted, False
 
     async def forget(self) -> None:
@@ -123,34 +114,27 @@ class Exchange:
     caller: str
     model: str
     assigned: bool
-    user: str | None
+    user: str | None  # a pseudonym
     started: float  # time.monotonic()
-    status: int = 200
-    text: list[str] = field(default_factory=list)
-    reason: str | None = None
-    usage: dict = field(
-        default_factory=lambda: {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
-    )
-    first_token_seconds: float | None = None
 
     def __post_init__(self):
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", time.time()
-        assigned = str(self.assigned).lower()
+        self.status, self.text, self.reason = 200, [], None
+        self.first_token_seconds: float | None = None
+        self.usage = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0}
+        self.head = {"id": self.id, "created": int(self.created), "model": self.model}
         self.headers = {
             "x-request-id": self.id,
             "x-lab-model": self.model,
-            "x-lab-assigned": assigned,
+            "x-lab-assigned": str(self.assigned).lower(),
         }
 
     async def pieces(self) -> AsyncIterator[str]:
         """The answer's text, piece by piece. The exchange is recorded before this ends, however it
         ends.
         """
-        engine, deadline = (
-            self.gateway.engines[self.model],
-            self.started + self.gateway.limits.timeout,
-        )
-        written = None
+        engine = self.gateway.engines[self.model]
+        deadline, written = self.started + self.gateway.limits.timeout, None
         try:
             tokens = engine.room(self.request)
             async with aclosing(engine.answer(self.request, tokens, deadline)) as answer:
@@ -212,8 +196,7 @@ class Exchange:
             seconds=seconds,
             first_token_seconds=self.first_token_seconds,
         )
-        wrapped = asyncio.wrap_future(future)
-        wrapped.add_done_callback(lambda kept: self._kept(kept, done))
+        asyncio.wrap_future(future).add_done_callback(lambda kept: self._kept(kept, done))
         return done
 
     def _kept(self, kept: asyncio.Future, done: asyncio.Future) -> None:
@@ -227,18 +210,19 @@ class Exchange:
         """The answer in one piece."""
         async with aclosing(self.pieces()) as pieces:
             text = "".join([piece async for piece in pieces])
-        return chat.completion(self.id, self.model, text, self.reason, self.usage)
+        return chat.completion(self.head, text, self.reason, self.usage)
 
     async def events(self, pieces: AsyncIterator[str], first: str | None) -> AsyncIterator[bytes]:
         """The answer as server-sent events, from its first piece on. A failure on the way is an
         event too.
         """
-        head = self.id, self.model, int(self.created)
         try:
-            yield chat.chunk(*head, {"role": "assistant", "content": first or ""})
+            yield chat.chunk(self.head, {"role": "assistant", "content": first or ""})
             async for piece in pieces:
-                yield chat.chunk(*head, {"content": piece})
-            usage = chat.usage_chunk(*head, self.usage) if self.request.include_usage else b""
-            yield chat.chunk(*head, {}, self.reason) + usage + b"data: [DONE]\n\n"
+                yield chat.chunk(self.head, {"content": piece})
+            end = chat.chunk(self.head, {}, self.reason)
+            if self.request.include_usage:
+                end += chat.usage_chunk(self.head, self.usage)
+            yield end + b"data: [DONE]\n\n"
         except Refusal as refusal:
             yield chat.event(refusal.body)

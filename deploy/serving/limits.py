@@ -1,6 +1,4 @@
-"""Who may ask, how often and how much: API keys, rate limit, bounded queue, and refusals that say
-what to do next.
-"""
+"""Who may ask, how often and how much; and refusals that say what to do next."""
 
 import asyncio
 import hashlib
@@ -13,25 +11,18 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 SHORTEST_KEY = 16  # characters
-TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Refusal(Exception):
-    """A request answered with an error. `body` is OpenAI's error JSON; `retry_after` is in whole
-    seconds.
+    """A request answered with an error. `body` is OpenAI's error JSON, `param` names the parameter,
+    `retry_after` is in whole seconds.
     """
 
-    def __init__(
-        self,
-        status: int,
-        code: str,
-        message: str,
-        param: str | None = None,
-        retry_after: int | None = None,
-    ):
+    def __init__(self, status: int, code: str, message: str, param=None, retry_after=None):
         super().__init__(message)
         self.status, self.code, self.retry_after = status, code, retry_after
-        kind = TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+        kind = ERROR_KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
         self.headers = {"retry-after": str(retry_after)} if retry_after is not None else {}
 
@@ -41,9 +32,7 @@ class Limits:
     """What one gateway takes on. Times in seconds, sizes in bytes."""
 
     body_bytes: int = 1_000_000
-    max_tokens: int = (
-        1024  # of one answer; an answer that names none gets as many, within the model's context
-    )
+    max_tokens: int = 1024  # of one answer; the default too, within the model's context
     requests_per_minute: int = 600  # per key; a minute's worth may come at once
     concurrency: int = 64  # requests at one model's engine at the same time
     queue: int = 256  # requests that wait for one model; the next one is refused with 429
@@ -58,8 +47,7 @@ def read_keys(text: str) -> dict[bytes, str]:
     Raises: ValueError for a key that is too short to be a secret.
     """
     keys = [key.strip() for key in text.split(",") if key.strip()]
-    short = min(map(len, keys), default=SHORTEST_KEY)
-    if short < SHORTEST_KEY:
+    if (short := min(map(len, keys), default=SHORTEST_KEY)) < SHORTEST_KEY:
         raise ValueError(
             f"LAB_API_KEYS holds a key of {short} characters; at least {SHORTEST_KEY} are needed. "
             "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
@@ -69,11 +57,10 @@ def read_keys(text: str) -> dict[bytes, str]:
 
 
 def caller(keys: dict[bytes, str], authorization: str | None) -> str:
-    """The name of the key in an `Authorization` header; "local" where no keys are set. Raises:
-    Refusal (401).
+    """The name of the key in an `Authorization` header; "local" where no keys are set.
 
-    The digest is compared with every key, in constant time: the time taken tells nothing about a
-    key.
+    The digest is compared with every key, each in constant time, so that the time taken tells
+    nothing about a key. Raises: Refusal (401).
     """
     if not keys:
         return "local"
@@ -81,11 +68,8 @@ def caller(keys: dict[bytes, str], authorization: str | None) -> str:
     digest = hashlib.sha256(secret.strip().encode()).digest()
     matches = [name for known, name in keys.items() if hmac.compare_digest(known, digest)]
     if scheme.lower() != "bearer" or not matches:
-        raise Refusal(
-            401,
-            "invalid_api_key",
-            "No valid API key. Send one of the gateway's keys: 'Authorization: Bearer KEY'.",
-        )
+        said = "No valid API key. Send one of the gateway's keys: 'Authorization: Bearer KEY'."
+        raise Refusal(401, "invalid_api_key", said)
     return matches[0]
 
 
@@ -98,23 +82,16 @@ def is_loopback(host: str) -> bool:
 
 
 def check_host(header: str | None) -> None:
-    """Without keys, only requests addressed to this machine by name are served. Raises: Refusal
-    (403).
+    """Without keys, only requests addressed to this machine by name are served.
 
     A web page can point its own domain at 127.0.0.1 (DNS rebinding); its `Host` header gives it
-    away.
+    away. Raises: Refusal (403).
     """
-    host = (
-        (header or "").rpartition(":")[0]
-        if (header or "").rpartition(":")[2].isdigit()
-        else header or ""
-    )
+    name, _, port = (header or "").rpartition(":")
+    host = name if port.isdigit() else header or ""
     if not is_loopback(host):
-        raise Refusal(
-            403,
-            "unknown_host",
-            f"Without API keys only 127.0.0.1 and localhost are served, not {host[:80]!r}.",
-        )
+        said = f"Without API keys only 127.0.0.1 and localhost are served, not {host[:80]!r}."
+        raise Refusal(403, "unknown_host", said)
 
 
 class RateLimit:
@@ -123,27 +100,19 @@ class RateLimit:
     """
 
     def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
-        self.per_minute, self.clock, self.buckets = (
-            per_minute,
-            clock,
-            {},
-        )  # key → (requests left, at time)
+        self.per_minute, self.clock = per_minute, clock
+        self.buckets: dict[str, tuple[float, float]] = {}  # key → (requests left, at time)
 
     def take(self, key: str) -> None:
         """Counts one request. Raises: Refusal (429) with the seconds until the next one is free."""
         now = self.clock()
         left, then = self.buckets.get(key, (float(self.per_minute), now))
         left = min(self.per_minute, left + (now - then) * self.per_minute / 60)
+        self.buckets[key] = (left - 1 if left >= 1 else left), now
         if left < 1:
-            self.buckets[key] = left, now
             wait = math.ceil((1 - left) * 60 / self.per_minute)
-            raise Refusal(
-                429,
-                "rate_limit_exceeded",
-                f"More than {self.per_minute} requests in a minute with this key. Wait {wait} s and send it again.",
-                retry_after=wait,
-            )
-        self.buckets[key] = left - 1, now
+            said = f"More than {self.per_minute} requests in a minute with this key. Wait {wait} s."
+            raise Refusal(429, "rate_limit_exceeded", said, retry_after=wait)
 
 
 class Slots:
@@ -156,15 +125,11 @@ class Slots:
 
     @asynccontextmanager
     async def place(self) -> AsyncIterator[None]:
-        """Holds a place, after waiting for one. Raises: Refusal (429) at once if the line is full."""
+        """Holds a place, after waiting for one. Raises: Refusal (429) if the line is full."""
         if self.free.locked() and self.waiting >= self.longest:
             wait = max(1, math.ceil((self.waiting + 1) / self.places * self.seconds))
-            raise Refusal(
-                429,
-                "queue_full",
-                f"{self.running} requests are running and {self.waiting} are waiting. Send it again in {wait} s.",
-                retry_after=wait,
-            )
+            said = f"{self.running} requests are running and {self.waiting} are waiting."
+            raise Refusal(429, "queue_full", f"{said} Send it again in {wait} s.", retry_after=wait)
         self.waiting += 1
         try:
             await self.free.acquire()

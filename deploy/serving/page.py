@@ -1,5 +1,4 @@
-"""A small chat page with thumbs in front of a gateway: `python -m deploy.serving.page --gateway URL
---port N`.
+"""A chat page with thumbs for a gateway: `python -m deploy.serving.page --gateway URL --port N`.
 
 It runs as a process of its own, listens on this machine only, and reports to nobody.
 """
@@ -25,9 +24,8 @@ def answer(client: OpenAI, history: list[dict], user: str) -> Iterator[tuple[str
     text, name = "", ""
     while True:
         try:
-            for event in client.chat.completions.create(
-                model=AUTO, messages=messages, user=user, stream=True
-            ):
+            request = {"model": AUTO, "messages": messages, "user": user}
+            for event in client.chat.completions.create(**request, stream=True):
                 name = event.id
                 text += event.choices[0].delta.content or "" if event.choices else ""
                 yield text.strip(), name
@@ -52,9 +50,8 @@ def rate(client: OpenAI, name: str, liked: bool, consent: bool) -> str:
         client.post("/feedback", body=body, cast_to=httpx.Response)
     except APIError as error:
         return f"Not kept: {error.message}"
-    return "Thank you. " + (
-        "It may help to train the next model." if consent else "It is counted, not trained on."
-    )
+    use = "It may help to train the next model." if consent else "It is counted, not trained on."
+    return f"Thank you. {use}"
 
 
 def build_page(gateway: str, key: str):
@@ -79,12 +76,9 @@ def build_page(gateway: str, key: str):
         # The model's words are shown as they are: markdown could make the browser load an image
         # from anywhere.
         chat = gr.Chatbot(label="Chat", render_markdown=False, sanitize_html=True, buttons=[])
-        text = gr.Textbox(
-            label="Your message", placeholder="What is the kettle for?", max_length=4000
-        )
-        consent = gr.Checkbox(
-            False, label="My thumbs, with prompt and answer, may be used to train the next model."
-        )
+        text = gr.Textbox(label="Your message", placeholder="What is it for?", max_length=4000)
+        label = "My thumbs, with prompt and answer, may be used to train the next model."
+        consent = gr.Checkbox(False, label=label)
         text.submit(say, [text, chat, names], [text, chat, names])
         chat.like(thumb, [names, consent], None)
         gr.Button("New chat").click(lambda: ([], {}), None, [chat, names])
@@ -110,17 +104,13 @@ def open_page(gateway: str, key: str, port: int, wait: bool = True) -> tuple[obj
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m deploy.serving.page", description=__doc__.split("\n")[0]
-    )
-    parser.add_argument(
-        "--gateway", default="http://127.0.0.1:8000/v1", help="(default: %(default)s)"
-    )
-    parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
+    about, shown = __doc__.split("\n")[0], "(default: %(default)s)"
+    parser = argparse.ArgumentParser("python -m deploy.serving.page", description=about)
+    parser.add_argument("--gateway", default="http://127.0.0.1:8000/v1", help=shown)
+    parser.add_argument("--port", type=int, default=7860, help=shown)
     options = parser.parse_args()
-    print(
-        f"chat page on http://127.0.0.1:{options.port}; its key, if any, is read from LAB_API_KEY"
-    )
+    address = f"http://127.0.0.1:{options.port}"
+    print(f"chat page on {address}; its key, if any, is read from LAB_API_KEY")
     open_page(options.gateway, os.environ.get("LAB_API_KEY", ""), options.port)
 
 

@@ -1,5 +1,5 @@
-"""Reads the store back while the gateway runs: counts per arm of an A/B test, and feedback as
-preference pairs.
+"""Reads the store back while the gateway runs: answers with their feedback, and counts per arm of
+an A/B test.
 """
 
 import json
@@ -10,20 +10,16 @@ from contextlib import closing
 from pathlib import Path
 from statistics import mean, quantiles
 
-from deploy.serving.prompts import prompt_text
-
 LATEST = "SELECT * FROM feedback WHERE id IN (SELECT MAX(id) FROM feedback GROUP BY request_id)"
 
 
 def rows(path: Path, query: str, *values) -> Iterator[dict]:
     """Rows of a query on the store, which is opened for reading only. Raises: FileNotFoundError."""
     if not Path(path).exists():
-        raise FileNotFoundError(
-            f"No store at {path}. Start the gateway with --store {path}, and ask it something."
-        )
-    with closing(
-        sqlite3.connect(f"{Path(path).resolve().as_uri()}?mode=ro", uri=True, timeout=5)
-    ) as connection:
+        advice = f"Start the gateway with --store {path}, and ask it something."
+        raise FileNotFoundError(f"No store at {path}. {advice}")
+    address = f"{Path(path).resolve().as_uri()}?mode=ro"
+    with closing(sqlite3.connect(address, uri=True, timeout=5)) as connection:
         connection.row_factory = sqlite3.Row
         yield from (dict(row) for row in connection.execute(query, values))
 
@@ -40,10 +36,9 @@ def answers(path: Path, experiment: str = "default") -> list[dict]:
         "WHERE status = 200 AND experiment = ? ORDER BY requests.created, requests.id"
     )
     found = list(rows(path, query, experiment))
-    return [
-        row | {"messages": json.loads(row["messages"]) if row["messages"] else None}
-        for row in found
-    ]
+    for row in found:
+        row["messages"] = json.loads(row["messages"]) if row["messages"] else None
+    return found
 
 
 def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
@@ -72,34 +67,3 @@ def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
             "seconds_p95": cuts[18],
         }
     return report
-
-
-def preference_pairs(
-    path: Path, experiment: str = "default", model: str | None = None
-) -> list[dict]:
-    """New training rows {prompt, chosen, rejected} from feedback, in the course's format, each
-    once.
-
-    Only answers whose latest feedback gives consent count, and with `model` only that model's
-    answers. On one prompt, an answer with more thumbs up than down is better than one with more
-    down than up; an answer with as many of both says nothing. A correction is better than the
-    answer it corrects. Where two pairs contradict each other, both are left out.
-    """
-    votes, corrections = defaultdict(lambda: defaultdict(int)), set()
-    for row in answers(path, experiment):
-        if not row["consent"] or row["messages"] is None or model not in (None, row["model"]):
-            continue
-        prompt, text = prompt_text(row["messages"]), row["answer"].strip()
-        votes[prompt][text] += row["rating"]
-        if row["correction"] and row["correction"].strip():
-            corrections.add((prompt, row["correction"].strip(), text))
-    pairs = corrections | {
-        (prompt, better, worse)
-        for prompt, counts in votes.items()
-        for better, up in counts.items()
-        if up > 0
-        for worse, down in counts.items()
-        if down < 0
-    }
-    pairs = {(p, a, b) for p, a, b in pairs if a and b and a != b and (p, b, a) not in pairs}
-    return [{"prompt": p, "chosen": f" {a}", "rejected": f" {b}"} for p, a, b in sorted(pairs)]

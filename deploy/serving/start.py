@@ -15,11 +15,11 @@ from pathlib import Path
 
 import httpx
 
-ROOT = Path(__file__).parents[2]
+_ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
-class Service:
+class RunningGateway:
     """A running gateway. `url` ends in `/v1`, as OpenAI's client wants its `base_url`."""
 
     url: str
@@ -35,21 +35,18 @@ class Service:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
-def wait_for(found, seconds: float, what: str, service: "Service | None" = None):
-    """The first true result of `found()`, asked again and again. Raises: TimeoutError, RuntimeError
-    with the log.
+def wait_for(found, seconds: float, what: str, service: RunningGateway | None = None):
+    """The first true result of `found()`, asked again and again.
+
+    Raises: TimeoutError; RuntimeError with the log where `service` has ended.
     """
     end = time.monotonic() + seconds
     while not (result := found()):
-        if service and service.process.poll() is not None:
-            raise RuntimeError(
-                f"The gateway ended with status {service.process.returncode}:\n{service.said()[-3000:]}"
-            )
+        said = f"\n{service.said()[-3000:]}" if service else ""
+        if service and (status := service.process.poll()) is not None:
+            raise RuntimeError(f"The gateway ended with status {status}:{said}")
         if time.monotonic() > end:
-            raise TimeoutError(
-                f"No {what} within {seconds:g} s."
-                + (f"\n{service.said()[-3000:]}" if service else "")
-            )
+            raise TimeoutError(f"No {what} within {seconds:g} s.{said}")
         time.sleep(0.02)
     return result
 
@@ -65,33 +62,33 @@ def is_ready(root: str) -> bool:
 @contextmanager
 def serving(
     *options: str, seconds: float = 180, ready: bool = True, **environment: str
-) -> Iterator[Service]:
+) -> Iterator[RunningGateway]:
     """A gateway started with these options of `python -m deploy.serving`, on a free port unless
     they name one.
 
-    It is ready when this returns (unless `ready` is False), and ended with its engines when the
-    block is left; also when this process is killed.
+    It is ready when the block begins (unless `ready` is False), and is ended with its engines when
+    the block is left; also when this process is killed.
     Raises: RuntimeError with its log if it ends early, TimeoutError after `seconds`.
     """
     with tempfile.TemporaryDirectory(prefix="serving-") as folder:
         log = Path(folder) / "gateway.log"
-        ours = [] if "--port" in options else ["--port", "0"]
-        ours += [] if "--store" in options else ["--store", str(Path(folder) / "serving.sqlite")]
-        paths = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+        # Of an option that is given twice, the last one counts.
+        ours = ["--port", "0", "--store", f"{folder}/serving.sqlite", "--end-with-parent"]
+        paths = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
         with open(log, "wb") as output:
             process = subprocess.Popen(
-                [sys.executable, "-m", "deploy.serving", "--end-with-parent", *ours, *options],
+                [sys.executable, "-m", "deploy.serving", *ours, *options],
                 stdin=subprocess.PIPE,
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "PYTHONPATH": paths, **environment},
             )
         try:
-            service = Service("", process, log)
+            service = RunningGateway("", process, log)
             found = wait_for(
                 lambda: re.search(r"on (http://\S+)", service.said()), seconds, "address", service
             )
-            service = Service(f"{found[1]}/v1", process, log)
+            service = RunningGateway(f"{found[1]}/v1", process, log)
             if ready:
                 wait_for(lambda: is_ready(service.root), seconds, "ready engine", service)
             yield service

@@ -12,34 +12,21 @@ from pathlib import Path
 
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
-    id TEXT PRIMARY KEY, created REAL NOT NULL, caller TEXT NOT NULL, user TEXT, experiment TEXT NOT NULL,
-    model TEXT NOT NULL, assigned INTEGER NOT NULL, status INTEGER NOT NULL, messages TEXT, answer TEXT,
-    finish_reason TEXT, prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL, first_token_seconds REAL);
+    id TEXT PRIMARY KEY, created REAL NOT NULL, caller TEXT NOT NULL, user TEXT,
+    experiment TEXT NOT NULL, model TEXT NOT NULL, assigned INTEGER NOT NULL,
+    status INTEGER NOT NULL, messages TEXT, answer TEXT, finish_reason TEXT,
+    prompt_tokens INTEGER, completion_tokens INTEGER, seconds REAL, first_token_seconds REAL);
 CREATE TABLE IF NOT EXISTS feedback (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL REFERENCES requests (id), created REAL NOT NULL,
-    rating INTEGER NOT NULL CHECK (rating IN (-1, 1)), consent INTEGER NOT NULL CHECK (consent IN (0, 1)),
-    correction TEXT);
+    id INTEGER PRIMARY KEY AUTOINCREMENT, request_id TEXT NOT NULL REFERENCES requests (id),
+    created REAL NOT NULL, rating INTEGER NOT NULL CHECK (rating IN (-1, 1)),
+    consent INTEGER NOT NULL CHECK (consent IN (0, 1)), correction TEXT);
 CREATE INDEX IF NOT EXISTS feedback_by_request ON feedback (request_id, id);
 CREATE INDEX IF NOT EXISTS requests_by_time ON requests (created);
 """
+# Requests older than a time, unless the latest feedback on them gives consent.
+OLD = """created < ? AND NOT COALESCE((SELECT consent FROM feedback
+    WHERE request_id = requests.id ORDER BY id DESC LIMIT 1), 0)"""
 VERSION = 1
-COLUMNS = (
-    "id",
-    "created",
-    "caller",
-    "user",
-    "experiment",
-    "model",
-    "assigned",
-    "status",
-    "messages",
-    "answer",
-    "finish_reason",
-    "prompt_tokens",
-    "completion_tokens",
-    "seconds",
-    "first_token_seconds",
-)
 
 
 class StoreError(RuntimeError):
@@ -93,22 +80,18 @@ class Store:
     def _open(self, max_bytes: int) -> None:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.path.touch(
-                mode=0o600
-            )  # prompts are nobody else's to read; SQLite's log files get the same mode
+            # Prompts are nobody else's to read; SQLite's log files get the same mode.
+            self.path.touch(mode=0o600)
             # Two connections: a request need not wait for the disk, feedback must. (An fsync covers
             # both: one log.)
-            self.quick, self.safe = (
-                self._connect(level, max_bytes) for level in ("NORMAL", "FULL")
-            )
+            self.quick = self._connect("NORMAL", max_bytes)
+            self.safe = self._connect("FULL", max_bytes)
             version = self.safe.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
-                raise StoreError(
-                    f"{self.path} has version {version}, not {VERSION}: name another file with --store."
-                )
-            self.safe.executescript(
-                f"BEGIN IMMEDIATE; {SCHEMA} PRAGMA user_version = {VERSION}; COMMIT;"
-            )
+                said = f"{self.path} has version {version}, not {VERSION}."
+                raise StoreError(f"{said} Name another file with --store.")
+            script = f"{SCHEMA} PRAGMA user_version = {VERSION};"
+            self.safe.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
         except (sqlite3.Error, OSError) as error:
             raise StoreError(
                 f"Cannot keep records in {self.path} ({error}). Name another with --store."
@@ -142,11 +125,9 @@ class Store:
         empty.
         """
         row["messages"] = json.dumps(row.get("messages"))
-        values = [row.get(name) for name in COLUMNS]
-        statement = (
-            f"INSERT INTO requests ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))})"
-        )
-        return self._submit(lambda: self.quick.execute(statement, values) and None)
+        columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
+        statement = f"INSERT INTO requests ({columns}) VALUES ({values})"
+        return self._submit(lambda: self.quick.execute(statement, row) and None)
 
     def add_feedback(
         self, request_id: str, caller: str, rating: int, consent: bool, correction: str | None
@@ -157,15 +138,16 @@ class Store:
         Raises (in the future): UnknownRequest if this caller made no such request.
         """
 
+        query = "SELECT model FROM requests WHERE id = ? AND caller = ?"
+        columns = "request_id, created, rating, consent, correction"
+        insert = f"INSERT INTO feedback ({columns}) VALUES (?, ?, ?, ?, ?)"
+
         def work() -> str:
-            query = "SELECT model FROM requests WHERE id = ? AND caller = ?"
             found = self.safe.execute(query, (request_id, caller)).fetchone()
             if not found:
                 raise UnknownRequest(request_id)
-            self.safe.execute(
-                "INSERT INTO feedback (request_id, created, rating, consent, correction) VALUES (?, ?, ?, ?, ?)",
-                (request_id, time.time(), rating, int(consent), correction),
-            )
+            row = (request_id, time.time(), rating, int(consent), correction)
+            self.safe.execute(insert, row)
             return found[0]
 
         return self._submit(work)
@@ -176,12 +158,10 @@ class Store:
 
         The future gives of how many requests. Counts and times stay.
         """
-        old = (
-            "created < ? AND NOT "
-            "COALESCE((SELECT consent FROM feedback WHERE request_id = requests.id ORDER BY id DESC LIMIT 1), 0)"
-        )
-        corrections = f"UPDATE feedback SET correction = NULL WHERE request_id IN (SELECT id FROM requests WHERE {old})"
-        texts = f"UPDATE requests SET messages = NULL, answer = NULL WHERE messages IS NOT NULL AND {old}"
+        corrections = f"""UPDATE feedback SET correction = NULL
+            WHERE request_id IN (SELECT id FROM requests WHERE {OLD})"""
+        texts = f"""UPDATE requests SET messages = NULL, answer = NULL
+            WHERE messages IS NOT NULL AND {OLD}"""
 
         def work() -> int:
             before = (time.time() - days * 86400,)
@@ -192,10 +172,6 @@ class Store:
 
     def close(self) -> None:
         """Writes what waits, and closes the file."""
-
-        def work() -> None:
-            self.quick.close()
-            self.safe.close()
-
-        self.thread.submit(work).result()
+        for connection in (self.quick, self.safe):
+            self.thread.submit(connection.close).result()
         self.thread.shutdown()

@@ -25,14 +25,8 @@ def batching_options(context: int, cuda: bool) -> list[str]:
     """Options of continuous batching. On a GPU the engine measures its memory; on a CPU it would
     take all of it.
     """
-    sizes = [
-        "--cb-block-size",
-        "32",
-        "--cb-num-blocks",
-        str(max(64, context // 8)),
-        "--cb-max-batch-tokens",
-        "256",
-    ]
+    blocks = max(64, context // 8)
+    sizes = f"--cb-block-size 32 --cb-num-blocks {blocks} --cb-max-batch-tokens 256".split()
     return ["--continuous-batching", *([] if cuda else sizes)]
 
 
