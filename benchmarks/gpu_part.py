@@ -146,12 +146,7 @@ def course_steps(found: Found, profile: Profile, method: str, model, rows: dict)
     )
     with phase(found, "preparation"):
         reference = models.frozen_copy(model) if method == "dpo" and not profile.lora else None
-        policy = models.add_lora(model, profile) if profile.lora else model
-        if profile.gradient_checkpointing and not profile.four_bit:
-            plain = {"use_reentrant": False}
-            policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
-        if method != "sft":
-            models.disable_dropout(policy)
+        policy = models.prepared_policy(model, profile, method, bool(profile.lora))
         accelerator = processes.new_accelerator()
         trainer = Trainer(task, accelerator, policy, reference, measured.measures)
 

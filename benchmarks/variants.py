@@ -23,7 +23,7 @@ from common.logprobs import response_logps
 from common.losses import objective, scored_tokens
 from common.models import freeze, train_tokenizer
 from common.profiles import Recipe
-from common.training.reference import COLUMNS, from_columns
+from common.training.reference import REFERENCE_COLUMNS, from_columns
 
 BENCH_BETA, BENCH_LAMBDA, MAX_LENGTH = 0.1, 0.1, 512
 STEP_RECIPES = {
@@ -116,9 +116,9 @@ def with_reference_columns(bench: Bench, rows: list[dict]) -> list[dict]:
     for row in rows:
         with torch.no_grad():
             logps = response_logps(bench.reference, collate([row], device=bench.device))
-        sums = {side: getattr(logps, side).sums.item() for side in COLUMNS}
+        sums = {side: getattr(logps, side).sums.item() for side in REFERENCE_COLUMNS}
         theirs = {f"ref_{side}_logps": value for side, value in sums.items()}
-        new.append(row | {COLUMNS[side]: value for side, value in sums.items()} | theirs)
+        new.append(row | {REFERENCE_COLUMNS[side]: value for side, value in sums.items()} | theirs)
     return new
 
 

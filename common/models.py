@@ -102,24 +102,20 @@ def load_tokenizer(source: str | Path):
 
 def tiny_config(profile: Profile, vocabulary: int, **token_ids: int) -> GPT2Config:
     """The architecture of the embedded profiles: a small GPT-2 without dropout."""
-    # "gelu_pytorch_tanh" is GPT-2's own "gelu_new" in one fused kernel instead of seven small ones.
     return GPT2Config(
         vocab_size=vocabulary,
         n_positions=profile.max_length,
         n_embd=profile.width,
         n_layer=profile.layers,
         n_head=profile.heads,
-        activation_function="gelu_pytorch_tanh",
+        activation_function="gelu_pytorch_tanh",  # GPT-2's own "gelu_new" in one fused kernel
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
         **token_ids,
     )
 
 
 def new_tiny_model(profile: Profile, tokenizer, seed: int = 0) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights, sized by the profile.
-
-    The seed decides the weights; the global random state is left alone.
-    """
+    """A GPT-2 with random weights from the seed. The global random state is left alone."""
     end, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
     ids = {"bos_token_id": end, "eos_token_id": end, "pad_token_id": pad}
     config = tiny_config(profile, len(tokenizer), **ids)
@@ -159,8 +155,7 @@ class RewardModel(torch.nn.Module):
     def __init__(self, body):
         super().__init__()
         self.body, self.config = body, body.config
-        self.head = torch.nn.Linear(body.config.hidden_size, 1, bias=False)
-        self.head.to(body.device)
+        self.head = torch.nn.Linear(body.config.hidden_size, 1, bias=False, device=body.device)
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Rewards, (rows,), of token ids padded on the right, (rows, length)."""
@@ -175,12 +170,9 @@ class RewardModel(torch.nn.Module):
     def get_input_embeddings(self):
         return self.body.get_input_embeddings()
 
-    def gradient_checkpointing_enable(self, **options) -> None:
-        self.body.gradient_checkpointing_enable(**options)
-
     def save_pretrained(self, folder: Path, state_dict: dict | None = None) -> None:
         """Saves the body as transformers does, and the head beside it."""
-        weights = self.state_dict() if state_dict is None else state_dict
+        weights = state_dict or self.state_dict()
         body = {name[5:]: weight for name, weight in weights.items() if name.startswith("body.")}
         self.body.save_pretrained(folder, state_dict=body)
         save_file({"weight": weights["head.weight"].contiguous()}, Path(folder) / REWARD_HEAD)
@@ -195,9 +187,8 @@ def load_model(
 ):
     """A causal language model or, with `reward_head`, a RewardModel, on this machine's device.
 
-    Weights stay in float32, and the training loop runs them in the device's precision. Only a 4-bit
-    profile loads them quantised. The head of a reward model is new where the source has none.
-    Pickled weights and remote code are refused. Raises: ModelError.
+    Weights are float32, run in the device's precision by the training loop, or 4-bit in a 4-bit
+    profile. Pickled weights and remote code are refused. Raises: ModelError.
     """
     device = device or device_and_precision()[0]
     # A sweep of a 4-bit profile leaves an adapter; its base has the configuration.
@@ -271,18 +262,13 @@ def lora_settings(profile: Profile):
 def add_lora(model, profile: Profile):
     """The model with a fresh LoRA adapter on its linear layers (Hu et al. 2021).
 
-    With the adapter off it is the model as it was. A reward model's head is trained whole.
+    With the adapter off it is the model as it was.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
-    if isinstance(model, RewardModel):
-        model.body = add_lora(model.body, profile)
-        return model
     if profile.four_bit:
-        plain = {"use_reentrant": False}
-        model = prepare_model_for_kbit_training(
-            model, profile.gradient_checkpointing, gradient_checkpointing_kwargs=plain
-        )
+        checkpoint = profile.gradient_checkpointing
+        model = prepare_model_for_kbit_training(model, checkpoint, {"use_reentrant": False})
     return get_peft_model(model, lora_settings(profile))
 
 
@@ -308,11 +294,23 @@ def merge_lora(model, source: str | Path, profile: Profile):
     return full.merge_and_unload()
 
 
-def disable_dropout(model) -> None:
-    """Sets every dropout rate to 0, as TRL does for preference training."""
-    for module in model.modules():
+def prepared_policy(model, profile: Profile, method: str, lora: bool):
+    """The model as training has it: adapter, gradient checkpointing, dropout.
+
+    Preference methods train without dropout, as in TRL: noise in the policy alone would move it
+    away from its reference. The head of a reward model is trained whole, beside the adapter.
+    """
+    if isinstance(model, RewardModel):
+        model.body = prepared_policy(model.body, profile, method, lora)
+        return model
+    model = add_lora(model, profile) if lora else model
+    if profile.gradient_checkpointing and not profile.four_bit:
+        plain = {"use_reentrant": False}
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
+    for module in model.modules() if method not in ("lm", "sft") else ():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
+    return model
 
 
 def freeze(model):
@@ -321,7 +319,7 @@ def freeze(model):
 
 
 def frozen_copy(model):
-    """A frozen copy, for a reference that must not move while the model is trained."""
+    """A frozen copy: a reference that does not move while the model is trained."""
     return freeze(copy.deepcopy(model))
 
 

@@ -355,7 +355,8 @@ def test_only_the_adapter_is_trained(adapted):
 
 def test_the_head_of_a_reward_model_is_trained_beside_its_adapter(tmp_path, tokenizer):
     models.new_tiny_model(PROFILE, tokenizer).save_pretrained(tmp_path)
-    model = models.add_lora(models.load_model(tmp_path, PROFILE, reward_head=True), PROFILE)
+    reward = models.load_model(tmp_path, PROFILE, reward_head=True)
+    model = models.prepared_policy(reward, PROFILE, "reward", lora=True)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert "head.weight" in trained and [name for name in trained if "lora_" in name]
 

@@ -7,7 +7,7 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def digest(value) -> str:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
 
 def module_file(module: str) -> Path | None:
     """The source file of one of our modules or packages, or None where the name is neither."""
-    path = ROOT.joinpath(*module.split("."))
+    path = _ROOT.joinpath(*module.split("."))
     found = [file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()]
     return found[0] if found else None
 

@@ -304,16 +304,9 @@ def _build(plan: _Plan, config, compute: torch.dtype, count: _Count) -> tuple[nn
     parameters = model.num_parameters()
     if profile.four_bit:
         model = _quantised(model, compute)
-    if profile.lora:
-        with mock.patch.object(nn.Module, "_apply", _apply):
-            model = models.add_lora(model, profile)
-    else:
-        model.requires_grad_(True)
-    if profile.gradient_checkpointing and not profile.four_bit:
-        plain = {"use_reentrant": False}
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
-    if plan.method != "sft":
-        models.disable_dropout(model)
+    lora = bool(profile.lora)
+    with mock.patch.object(nn.Module, "_apply", _apply):
+        model = models.prepared_policy(model.requires_grad_(not lora), profile, plan.method, lora)
     for name, weight in model.named_parameters():
         count.label([weight], "LoRA" if "lora_" in name else "weights")
         if weight.requires_grad:

@@ -165,12 +165,7 @@ def _trainer(
     if reference and not (lora and reference == parent):  # under LoRA, adapter off is the parent
         frozen = models.freeze(lab.load(reference, device=device))
     set_seed(lab.seed, device_specific=True)
-    policy = models.add_lora(policy, profile) if lora else policy
-    if profile.gradient_checkpointing and not profile.four_bit:
-        plain = {"use_reentrant": False}
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs=plain)
-    if task.method in ("dpo", "orpo", "reward"):  # noise in the policy alone would move it away
-        models.disable_dropout(policy)
+    policy = models.prepared_policy(policy, profile, task.method, lora)
     policy.config.pad_token_id = lab.tokenizer.pad_token_id
     trainer = Trainer(task, accelerator, policy, frozen, held_out.measures)
     if task.method == "dpo" and recipe.cache_reference:

@@ -20,7 +20,7 @@ from common.training.checkpoints import whole
 from common.training.processes import of_all, of_main, place
 from common.training.task import Task
 
-COLUMNS = {"chosen": "reference_chosen_logps", "rejected": "reference_rejected_logps"}
+REFERENCE_COLUMNS = {"chosen": "reference_chosen_logps", "rejected": "reference_rejected_logps"}
 
 
 def weights_digest(model) -> str:
@@ -69,18 +69,18 @@ def reference_columns(
     if saved := of_main(saved):
         if show:
             print(f"{title}: read, computed before in {saved['cost']['wall']:.1f} s")
-        return {name: saved[name] for name in COLUMNS.values()}, saved["cost"]
+        return {name: saved[name] for name in REFERENCE_COLUMNS.values()}, saved["cost"]
     wall, cpu = time.perf_counter(), time.process_time()
     with FlopCounterMode(display=False) as counter:
         # As many rows for each process: under FSDP they compute in lockstep.
         mine = rows[process::processes]
         mine += rows[: math.ceil(len(rows) / processes) - len(mine)]
         logps = logps_of(model, mine, task.eval_batch, PATHS[path], "reference" if show else "")
-    sums = {side: getattr(logps, side).sums.tolist() for side in COLUMNS}
-    columns = {name: [0.0] * len(rows) for name in COLUMNS.values()}
+    sums = {side: getattr(logps, side).sums.tolist() for side in REFERENCE_COLUMNS}
+    columns = {name: [0.0] * len(rows) for name in REFERENCE_COLUMNS.values()}
     found = of_all((sums, counter.get_total_flops()))
     for number, (sums, _) in enumerate(found):
-        for side, name in COLUMNS.items():
+        for side, name in REFERENCE_COLUMNS.items():
             columns[name][number::processes] = sums[side][: len(rows[number::processes])]
     cost = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
     cost["reference_flops"] = sum(flops for _, flops in found)
@@ -100,6 +100,6 @@ def from_columns(rows: list[dict], batch: dict[str, torch.Tensor]) -> PairLogps:
             torch.tensor([row[name] for row in rows], dtype=wide, device=device),
             batch[f"{side}_lengths"],
         )
-        for side, name in COLUMNS.items()
+        for side, name in REFERENCE_COLUMNS.items()
     }
     return PairLogps(**sides)

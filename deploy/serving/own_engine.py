@@ -20,7 +20,7 @@ from deploy.serving.limits import Limits, Refusal
 from deploy.serving.prompts import PromptFormat
 
 SECRETS = ("LAB_API_KEYS", "LAB_ENGINE_KEY")  # of the gateway alone: its engine needs neither
-OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 START_SECONDS = 600.0
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -85,7 +85,7 @@ class OwnEngine(Engine):
             str(WORKER),
             *options,
             cwd=self.folder,
-            env={**kept, **OFFLINE},
+            env={**kept, **_OFFLINE},
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
@@ -175,11 +175,8 @@ class OwnEngine(Engine):
         a text.
         """
         temperature = options.get("temperature", self.temperature)
-        own = {
-            name: value
-            for name, value in self.format.generation.items()
-            if not name.startswith(("_", "transf"))
-        }
+        kept = self.format.generation.items()
+        own = {name: value for name, value in kept if not name.startswith(("_", "transf"))}
         sampling = {"do_sample": temperature > 0, "top_k": 0, "top_p": options.get("top_p", 1.0)}
         return json.dumps(own | sampling | {"temperature": temperature or 1.0, "max_new_tokens": 1})
 
