@@ -234,6 +234,7 @@ def test_arms_that_share_a_folder_never_run_at_the_same_time(lab, monkeypatch):
     assert found["longer"] == [{"seed": 0, "arm": "longer"}, {"seed": 5, "arm": "longer"}]
 
 
+@pytest.mark.more
 def test_an_error_of_a_worker_process_comes_through_whole(lab):
     """The worker cannot know this stage. Its message arrives, and nothing waits for ever."""
     with pytest.raises(ValueError, match="Unknown stage 'ppo'"):

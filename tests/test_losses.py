@@ -138,13 +138,13 @@ def test_ipo_default_beta_at_the_reference():
 
 
 @pytest.mark.parametrize("loss", [dpo_loss, ipo_loss, dpo_logits])
-@pytest.mark.parametrize("odd", range(4))
-def test_dpo_losses_refuse_shapes_that_would_broadcast(loss, odd):
-    """(3,) with (1,) would broadcast without a word."""
-    arguments = [torch.zeros(3) for _ in range(4)]
-    arguments[odd] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r"\(1,\), \(3,\)"):
-        loss(*arguments)
+def test_dpo_losses_refuse_shapes_that_would_broadcast(loss):
+    """(3,) with (1,) would broadcast without a word, whichever of the four it is."""
+    for odd in range(4):
+        arguments = [torch.zeros(3) for _ in range(4)]
+        arguments[odd] = torch.zeros(1)
+        with pytest.raises(ValueError, match=r"\(1,\), \(3,\)"):
+            loss(*arguments)
 
 
 # --- SFT and the reward model

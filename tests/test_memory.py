@@ -189,7 +189,7 @@ def test_where_it_does_not_fit_a_setting_that_helps_is_named(small, monkeypatch)
     """The limit is put between what the profile takes and what it takes with an evaluation of one
     pair at a time.
     """
-    large = replace(small, eval_batch=512)
+    large = replace(small, eval_batch=64)
     alone = predict(replace(large, eval_batch=1), "orpo").peak
     monkeypatch.setattr(forecast, "ASIDE_GB", 0.0)
     found = predict(large, "orpo")

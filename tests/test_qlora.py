@@ -81,7 +81,9 @@ def source(tmp_path_factory):
     return folder / "model", folder / "pairs.jsonl"
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+@pytest.fixture(
+    scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.more)]
+)
 def trained(request, source, tmp_path_factory):
     """(lab, its runs of SFT, DPO and ORPO). bfloat16 is what most GPUs take: here it is only
     slower.

@@ -148,24 +148,23 @@ def test_a_lora_variant_is_the_stage_itself():
     assert stage_of("dpo_lora") is STAGES["dpo"]
 
 
-@pytest.mark.parametrize("name", ["ppo", "lora", "dpo_loraa", ""])
+@pytest.mark.parametrize("name", ["ppo", "dpo_loraa", ""])
 def test_an_unknown_stage_is_refused_with_those_that_exist(name):
     with pytest.raises(ValueError, match=f"Unknown stage '{name}'. Choose one of: base, sft,"):
         Lab(PROFILE).path(name)
 
 
 @pytest.mark.parametrize(
-    ("stage", "notebook"),
+    ("ask", "stage", "notebook"),
     [
-        ("sft", "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb"),
-        ("dpo", "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb"),
-        ("reward", "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb"),
-        ("orpo_lora", "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb"),
+        ("record", "sft", "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb"),
+        ("metrics", "dpo", "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb"),
+        ("load", "reward", "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb"),
+        ("source", "orpo_lora", "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb"),
     ],
 )
-@pytest.mark.parametrize("ask", ["record", "metrics", "load", "source"])
 def test_a_missing_run_names_the_notebook_and_the_command(
-    tmp_path, monkeypatch, stage, notebook, ask
+    tmp_path, monkeypatch, ask, stage, notebook
 ):
     monkeypatch.setenv("LAB_RUNS", str(tmp_path))
     with pytest.raises(MissingRun) as failure:

@@ -262,6 +262,7 @@ def many_files():
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.more
 def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
     """Capacity: 10 running and 90 waiting. 1,000 arrive at once; each is answered, or refused at
     once with 429.

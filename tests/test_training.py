@@ -675,8 +675,6 @@ def uninterrupted(lab):
     ("stage", "before_step", "every"),
     [
         ("dpo", 1, 1),
-        ("dpo", 2, 1),
-        ("dpo", 6, 1),
         ("dpo", 10, 1),
         ("dpo", 9, 4),
         ("dpo_lora", 5, 2),
