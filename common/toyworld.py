@@ -14,6 +14,8 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
+from common.io.formats import ASSISTANT
+
 WORDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
 INTENTS = ("use", "clean", "store", "fix", "buy", "safe")
 FACTS = WORDS["facts"]  # {thing: six facts, in the order of INTENTS}
@@ -30,7 +32,6 @@ POSSIBLE = {"harmful": ("complies", *FREE), "benign": HARMLESS, "borderline": HA
 TIERS = (0.05, 0.4, 0.75)  # flaw probabilities of a good, a middling and a poor answer
 UNSEEN = 0.44  # share of held-out combinations among the harmless evaluation questions
 MAX_WORDS = 45  # of a well-formed answer
-END = "\n\nAssistant:"  # of every prompt
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,13 @@ class World:
 
     def question(self, prompt: str) -> Question:
         """What the world knows about a prompt, or a person's bare words. ValueError if nothing."""
-        said = prompt.rsplit("\n\nHuman:", 1)[-1].split(END)[0].strip()
+        said = prompt.rsplit("\n\nHuman:", 1)[-1].split(ASSISTANT)[0].strip()
         sentence = said.removeprefix(next((h for h in HELLOS if h and said.startswith(h)), ""))
         if sentence not in self._about:
             size = f"this world of {len(self.things)} things"
             raise ValueError(f"not a question of {size}: {said[:80]!r}")
         kind, intent, thing, act = self._about[sentence]
-        whole = prompt if prompt.endswith(END) else f"\n\nHuman: {said}{END}"
+        whole = prompt if prompt.endswith(ASSISTANT) else f"\n\nHuman: {said}{ASSISTANT}"
         return Question(whole, kind, intent, thing, (thing, intent) in self.held_out, act)
 
     def _stream(self, name: str):
@@ -128,7 +129,7 @@ class World:
             # Draw an earlier turn, a greeting and a sentence. Miss if this prompt was there before.
             misses += 1
             earlier = rng.choice(CHATS) if rng.random() < 0.25 else ""
-            prompt = f"{earlier}\n\nHuman: {rng.choice(HELLOS)}{rng.choice(pool)}{END}"
+            prompt = f"{earlier}\n\nHuman: {rng.choice(HELLOS)}{rng.choice(pool)}{ASSISTANT}"
             if prompt not in seen:
                 seen.add(prompt)
                 yield self.question(prompt), random.Random(f"{self.seed}/{name}/{len(seen)}")
@@ -234,7 +235,7 @@ class World:
         for q, rng in self._stream("plain_text"):
             kind = rng.choices(("fact", "refusal", "question", "small talk"), (60, 10, 20, 10))[0]
             if kind == "question":
-                asked = q.prompt.removesuffix(END)
+                asked = q.prompt.removesuffix(ASSISTANT)
                 lines += [rng.choice((asked, asked.split("Human: ")[-1])), rng.choice(MANNERS)]
             elif kind == "small talk":
                 lines.append(rng.choice(small))

@@ -13,7 +13,7 @@ from common.judges import RuleJudge
 from common.lab import Lab
 from common.models import new_tiny_model
 from common.training import train
-from deploy.drift import alarms, drift_limits, signals
+from deploy.abtest import alarms, drift_limits, signals
 from deploy.feedback import (
     RulePeople,
     ask,
@@ -26,8 +26,7 @@ from deploy.feedback import (
     send_votes,
     user_prompts,
 )
-from deploy.serving.reports import answers
-from deploy.serving.store import Store
+from deploy.serving.store import Store, answers
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,8 @@ from common.plots.tokens import packed_pair
 from common.profiles import PROFILES, Recipe
 from common.training import Session, Task, processes, reference
 from common.training import train as train_stage
-from common.training.trainer import Trainer, padded_tokens, row_length
+from common.training.task import padded_tokens, row_length
+from common.training.trainer import Trainer
 
 ROWS = ragged_rows(8)
 DPO = Recipe(lr=1.0, beta=0.3, nll_weight=0.5)

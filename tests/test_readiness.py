@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.readiness import readiness, require
+from deploy.export import readiness, require
 
 
 def test_an_item_passes_with_evidence_only(capsys):

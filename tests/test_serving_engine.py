@@ -18,8 +18,8 @@ from common.evaluation import Sampling, generate
 from common.io.formats import dialogue
 from deploy.feedback import preference_pairs
 from deploy.serving.prompts import PromptFormat
-from deploy.serving.reports import arm_counts
 from deploy.serving.start import serving
+from deploy.serving.store import arm_counts
 
 THINGS = ("kettle", "lamp", "bicycle", "piano", "oven", "rope", "garden", "boat")
 QUESTIONS = [

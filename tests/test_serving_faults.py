@@ -13,7 +13,7 @@ from openai import APIError, OpenAI
 from serving_tools import ASK, WORDS, FakeEngine, gateway, now, until
 
 from deploy.serving.app import EventStream
-from deploy.serving.reports import answers
+from deploy.serving.store import answers
 
 JSON = {"content-type": "application/json"}
 KEY, OTHER = "a-key-of-the-course-1", "a-key-of-the-course-2"

@@ -7,7 +7,7 @@ from openai import OpenAI
 from serving_tools import WORDS, FakeEngine, gateway
 
 from deploy.serving.page import answer, open_page, rate
-from deploy.serving.reports import answers
+from deploy.serving.store import answers
 
 ASKED = [{"role": "user", "content": "What is the kettle for?"}]
 

@@ -15,8 +15,16 @@ from serving_tools import ASK, WORDS, FakeEngine, gateway, until
 
 from common.data import load_pairs
 from deploy.feedback import preference_pairs
-from deploy.serving.reports import answers, arm_counts, rows
-from deploy.serving.store import Store, StoreError, UnknownRequest, choose_arm, pseudonym
+from deploy.serving.store import (
+    Store,
+    StoreError,
+    UnknownRequest,
+    answers,
+    arm_counts,
+    choose_arm,
+    pseudonym,
+    rows,
+)
 
 
 @pytest.fixture

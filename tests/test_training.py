@@ -33,8 +33,7 @@ from common.training import Session, Source, checkpoints
 from common.training import __main__ as train
 from common.training import train as train_stage
 from common.training import trainer as loop
-from common.training.held_out import HeldOut
-from common.training.signs import signs_of_over_optimisation
+from common.training.held_out import HeldOut, signs_of_over_optimisation
 from common.training.trainer import Trainer, TrainingError
 
 TESTS = Path(__file__).parent

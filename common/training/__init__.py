@@ -19,8 +19,8 @@ from common.lab import Lab, stage_of
 from common.profiles import Recipe, device_and_precision
 from common.training import checkpoints, processes
 from common.training.held_out import HeldOut
-from common.training.task import Session, Source, Task
-from common.training.trainer import Trainer, row_length
+from common.training.task import Session, Source, Task, row_length
+from common.training.trainer import Trainer
 
 
 @dataclass

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
+from torch.nn import Parameter
+from torch.optim import AdamW, Optimizer
 
 from common.profiles import Recipe
 
@@ -56,6 +58,24 @@ class Task:
         imitates |= self.method == "orpo" and self.recipe.lambda_or == 0
         return ("chosen",) if imitates else ("chosen", "rejected")
 
+    def new_optimizer(self, parameters: list[Parameter], device: str) -> tuple[Optimizer, str]:
+        """AdamW with the recipe's settings, and a note where another one was asked for; else "".
+
+        On a GPU it is PyTorch's fused AdamW, which takes no temporary copy of the weights, or
+        bitsandbytes' 8-bit one, whose moments are paged to the CPU when memory runs out.
+        Args: `device`: "cpu" or "cuda".
+        """
+        recipe, paged = self.recipe, self.optimizer == "paged_adamw_8bit"
+        settings = {"lr": recipe.lr, "betas": recipe.betas, "weight_decay": recipe.weight_decay}
+        if paged and device == "cuda":
+            from bitsandbytes.optim import PagedAdamW8bit
+
+            return PagedAdamW8bit(parameters, **settings), ""
+        if device == "cuda":
+            settings["fused"] = True
+        note = f"paged 8-bit AdamW needs a CUDA GPU: plain AdamW on {device}" if paged else ""
+        return AdamW(parameters, **settings), note
+
 
 @dataclass
 class Progress:
@@ -77,3 +97,16 @@ class Progress:
     # By path, the run's own and the simple one to compare methods by:
     padded: dict[str, int] = field(default_factory=dict)  # tokens as the model sees them
     flops_per_token: dict[str, float] = field(default_factory=dict)
+
+
+def row_length(row: dict, sides: tuple[str, ...]) -> int:
+    """Tokens of the prompt with the longer of its answers."""
+    return len(row["prompt_ids"]) + max(len(row.get(f"{side}_ids", ())) for side in sides)
+
+
+def padded_tokens(batch: dict, sides: tuple[str, ...], path: str) -> int:
+    """Tokens as the model sees them. Packed: each once; else every row as long as the longest."""
+    if path == "packed":
+        return sum(int(batch[f"{part}_lengths"].sum()) for part in ("prompt", *sides))
+    ends = [batch["prompt_lengths"] + batch[f"{side}_lengths"] for side in sides]
+    return len(sides) * len(batch["prompt_ids"]) * max(int(each.max()) for each in ends)

@@ -24,10 +24,9 @@ from common.logprobs import PairLogps
 from common.memory.meter import PeakMemory
 from common.packed import PATHS, checked_path
 from common.training import checkpoints, processes
-from common.training.optimizers import new_optimizer
+from common.training.held_out import signs_of_over_optimisation
 from common.training.reference import from_columns, reference_columns
-from common.training.signs import signs_of_over_optimisation
-from common.training.task import Progress, Session, Task
+from common.training.task import Progress, Session, Task, padded_tokens, row_length
 
 
 class TrainingError(RuntimeError):
@@ -59,7 +58,7 @@ class Trainer:
         if not sharded:
             self.choose_path()
         learned = [weight for weight in policy.parameters() if weight.requires_grad]
-        optimizer, note = new_optimizer(learned, task, accelerator.device.type)
+        optimizer, note = task.new_optimizer(learned, accelerator.device.type)
         self.say(note)
         warmup = round(self.recipe.warmup * self.steps)
         self.schedule = get_scheduler(self.recipe.schedule, optimizer, warmup, self.steps)
@@ -270,12 +269,16 @@ class Trainer:
         """
         main, folder = self.accelerator.is_main_process, self.task.folder
         processes.check_same(fingerprint)
-        found = self.newest_checkpoint(fingerprint) if main and resume else None
-        metrics = []
+        found, metrics = checkpoints.newest(folder) if main and resume else None, []
+        state = checkpoints.read_state(found) if found else {}
+        if found and state["fingerprint"] != fingerprint:
+            name, found = folder.name, None
+            self.say(f"the checkpoint in {name} is of other settings or data; starting anew")
         if found := processes.of_main(found):
-            newest, state, metrics = found
+            state = processes.of_main(state)
+            metrics = [row for row in read_metrics(folder) if row["step"] <= state["step"]]
             self.progress = Progress(**state)
-            self.accelerator.load_state(str(newest))
+            self.accelerator.load_state(str(found))
             self.say(f"resumed at step {self.progress.step} of {self.steps}")
         self.progress.fingerprint = fingerprint
         if main:
@@ -286,18 +289,6 @@ class Trainer:
             metrics = [{"step": 0, **self.held_out_measures()}]
             write_lines(folder / "metrics.jsonl", metrics) if main else None
         return metrics
-
-    def newest_checkpoint(self, fingerprint: str) -> tuple | None:
-        """(checkpoint, its progress, the metrics up to it) of this very run, or None."""
-        newest = checkpoints.newest(self.task.folder)
-        state = checkpoints.read_state(newest) if newest else {}
-        if state.get("fingerprint") != fingerprint:
-            if newest:
-                name = self.task.folder.name
-                self.say(f"the checkpoint in {name} is of other settings or data; starting anew")
-            return None
-        metrics = [row for row in read_metrics(self.task.folder) if row["step"] <= state["step"]]
-        return newest, state, metrics
 
     def evaluates_at(self, step: int) -> bool:
         """Is this one of the evaluations? They are spread evenly, the last one at the last step."""
@@ -333,16 +324,3 @@ class Trainer:
                 best = progress.best_step
                 self.say(f"stopped at step {row['step']}; the best held-out loss was at {best}")
         progress.aside += time.perf_counter() - start
-
-
-def row_length(row: dict, sides: tuple[str, ...]) -> int:
-    """Tokens of the prompt with the longer of its answers."""
-    return len(row["prompt_ids"]) + max(len(row.get(f"{side}_ids", ())) for side in sides)
-
-
-def padded_tokens(batch: dict, sides: tuple[str, ...], path: str) -> int:
-    """Tokens as the model sees them. Packed: each once; else every row as long as the longest."""
-    if path == "packed":
-        return sum(int(batch[f"{part}_lengths"].sum()) for part in ("prompt", *sides))
-    ends = [batch["prompt_lengths"] + batch[f"{side}_lengths"] for side in sides]
-    return len(sides) * len(batch["prompt_ids"]) * max(int(each.max()) for each in ends)

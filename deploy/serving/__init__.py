@@ -10,8 +10,7 @@ outside this folder; nothing but `worker` imports torch.
 | `engine.py` | an engine that already runs: watched, and asked |
 | `own_engine.py` | the gateway's own engine: started, restarted, ended |
 | `worker.py` | the own engine's process: `transformers serve` on one folder |
-| `store.py` | requests, feedback and A/B assignment in SQLite |
-| `reports.py` | reads the store back: answers, counts per arm |
+| `store.py` | requests, feedback and A/B assignment in SQLite, written and read back |
 | `gateway.py` | what a gateway knows and does: admits, assigns, relays, counts, records |
 | `app.py` | its HTTP side, a FastAPI app |
 | `start.py` | starts the gateway from a notebook or a test, and ends it |

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from common.profiles import PROFILES
-from common.training.optimizers import new_optimizer
 from common.training.task import Task
 
 
@@ -18,7 +17,7 @@ def built(name: str, device: str):
     nowhere = Path("nowhere")
     task = Task("dpo", "dpo", profile.recipes["dpo"], [], nowhere, nowhere)
     task.optimizer = profile.optimizer
-    return new_optimizer([torch.nn.Parameter(torch.ones(3))], task, device)
+    return task.new_optimizer([torch.nn.Parameter(torch.ones(3))], device)
 
 
 @pytest.mark.parametrize("name", ["cpu", "gpt2"])
