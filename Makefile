@@ -37,7 +37,7 @@ quality: $(STAMP) ## train with three fresh seeds: the quality table and its thr
 	@$(PY) -m benchmarks.quality
 	@$(PY) -m tools.readme_table
 
-bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a bar is missed (about 25 minutes)
+bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a threshold is missed (about 25 minutes)
 	@$(PY) -m benchmarks.step; step=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$step
 
 gpu: $(STAMP) ## speed and memory of every method at full size on this machine's NVIDIA GPU

@@ -237,12 +237,15 @@ class Trainer:
         bar = tqdm(total=self.steps, initial=progress.step, desc=name, disable=not main)
         with PeakMemory() as memory:
             while progress.step < self.steps and not progress.stopped_early:
+                # Next batch; loss and gradients; optimiser step.
                 rows = self.next_batch()
                 values = self.backward(rows)
                 row = self.step(rows, values)
+                # Measure on held-out rows.
                 last, evaluated = row["step"] == self.steps, self.evaluates_at(row["step"])
                 if evaluated:
                     self.measure(row)
+                # Count time and memory, write the metrics, and warn.
                 metrics.append(row)
                 progress.wall, progress.cpu = time.perf_counter() - wall, time.process_time() - cpu
                 progress.peak = max(progress.peak, memory.peak)
@@ -252,6 +255,7 @@ class Trainer:
                 for sign in signs_of_over_optimisation(metrics) if evaluated else []:
                     progress.warnings.append(f"step {row['step']}: {sign}")
                     bar.write(f"warning, {progress.warnings[-1]}") if main else None
+                # Checkpoint.
                 every = session.checkpoint_every
                 if not last and (row["step"] % every == 0 if every else evaluated):
                     checkpoints.save(self.accelerator, self.task.folder, asdict(progress))
