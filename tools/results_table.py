@@ -48,7 +48,7 @@ def _cell(value: float | None, spread: float | None) -> str:
 
 def _rate_cell(rate: dict) -> str:
     """`0.58 [0.52, 0.64]`: the interval over seeds, or over prompts where there is one seed."""
-    low, high = rate.get("seed_ci95") or rate["ci95"]
+    low, high = rate["ci95"]
     return f"{rate['rate']:.2f} [{low:.2f}, {high:.2f}]"
 
 
