@@ -54,7 +54,7 @@ def _checked(name: str, differences: Sequence[float], fewest: int) -> np.ndarray
     return values
 
 
-def describe(differences: Sequence[float]) -> Finding:
+def over_seeds(differences: Sequence[float]) -> Finding:
     """Mean and interval over seeds, without a verdict. Raises: ValueError for less than two."""
     values = _checked("this comparison", differences, 2)
     half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
@@ -102,7 +102,7 @@ def family_verdicts(
             word = "equal"
         else:
             word = "undecided"
-        plain = describe(values)
+        plain = over_seeds(values)
         verdicts[name] = Finding(
             plain.mean, plain.ci95, plain.seeds, word, p=float(p), p_equal=float(p_same)
         )

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from benchmarks.verdicts import describe, family_verdicts, holm, p_difference, p_equal
+from benchmarks.verdicts import family_verdicts, holm, over_seeds, p_difference, p_equal
 
 SEEDS, SPREAD = 12, 0.02  # of the study's design
 
@@ -36,7 +36,7 @@ def test_p_equal_is_the_larger_of_two_one_sided_tests():
 
 def test_the_interval_by_hand():
     """0, 2, 4: mean 2, standard error 2/√3, t(2 degrees, .975) = 4.3027."""
-    found = describe([0.0, 2.0, 4.0])
+    found = over_seeds([0.0, 2.0, 4.0])
     assert found.mean == pytest.approx(2.0) and found.verdict == "described" and found.p is None
     assert found.ci95 == pytest.approx((2 - 4.3027 * 2 / 3**0.5, 2 + 4.3027 * 2 / 3**0.5), abs=1e-3)
 
@@ -112,6 +112,6 @@ def test_intervals_cover():
     generator = np.random.default_rng(3)
     covered = 0
     for _ in range(1000):
-        low, high = describe(generator.normal(0.02, SPREAD, 5)).ci95
+        low, high = over_seeds(generator.normal(0.02, SPREAD, 5)).ci95
         covered += low < 0.02 < high
     assert 0.92 <= covered / 1000 <= 0.98
