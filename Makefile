@@ -51,7 +51,7 @@ gpu: $(STAMP) ## speed and memory of every method at full size on this machine's
 
 lock: ## after a change of requirements.txt: install it, and pin all that is installed then (constraints.txt)
 	@$(MAKE) --no-print-directory -B $(STAMP) PINNED=
-	@{ echo '# What the tests ran with, packages that others bring along too: written by `make lock`, for pip install -c.'; \
+	@{ echo '# What the tests ran with, packages that others bring along too: written by `make lock`, a list for the option -c of pip.'; \
 	  $(PY) -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+.*//'; } > constraints.txt
 	@touch $(STAMP)
 
