@@ -4,6 +4,8 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
+from fnmatch import fnmatch
 from importlib import metadata
 from pathlib import Path
 
@@ -54,7 +56,7 @@ def test_constraints_are_exact_pins_without_an_address_or_a_build():
 
 def test_constraints_agree_with_the_lists_that_people_write():
     pinned = [f"{name}=={version}" for name, version in read_pins().items()]
-    dev = [line for line in metadata.requires("common") if 'extra == "dev"' in line]
+    dev = tomllib.loads(text_of("pyproject.toml"))["project"]["optional-dependencies"]["dev"]
     assert pinned and dev
     for requirement in map(Requirement, pinned + dev):
         version = constraints().get(canonicalize_name(requirement.name), "none")
@@ -108,8 +110,8 @@ def test_the_key_is_shown_once_and_kept_where_only_its_owner_reads(tmp_path):
     assert shown.stdout == file.read_text() and file.stat().st_mode & 0o777 == 0o600
     name, _, value = shown.stdout.strip().partition("=")
     assert name == "LAB_API_KEYS" and len(read_keys(value)) == 1
-    ignored = subprocess.run(["git", "check-ignore", "-q", file.name], cwd=ROOT)
-    assert ignored.returncode == 0, "the key could be committed"
+    ignored = text_of(".gitignore").splitlines()
+    assert any(fnmatch(file.name, line) for line in ignored), "the key could be committed"
 
 
 def test_no_key_stands_on_a_command_line():
