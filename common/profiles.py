@@ -147,7 +147,7 @@ TRL_ORPO = (
 )
 TRL_SCRIPTS = f"{TRL}/v1.16.0/trl/scripts"
 AUTHORS = "https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh"
-TRIAL = "rate: a first trial on one seed; not tuned yet"
+TRIAL = "rate: a trial on one seed, not tuned"
 OWN_SOURCES = {
     "sft": "rate: ours, tuned on seeds 0–2",
     "dpo": f"rate: ours, tuned on seeds 0–2; β: {DPO_PAPER}",

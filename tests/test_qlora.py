@@ -91,7 +91,9 @@ def trained(request, source, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
         for module in (models, processes, runs, training):
-            patch.setattr(module, "device_and_precision", lambda *_: ("cpu", request.param, "a test"))
+            patch.setattr(
+                module, "device_and_precision", lambda *_: ("cpu", request.param, "a test")
+            )
         AcceleratorState._reset_state(
             reset_partial_state=True
         )  # else a process keeps its first precision
