@@ -11,18 +11,17 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from deploy.serving.chat import ChatRequest, Feedback, read
 from deploy.serving.gateway import AUTO, CLIENT_GONE, Exchange, Gateway
+from deploy.serving.guard import Guard
 from deploy.serving.limits import Refusal
 from deploy.serving.store import StoreError, UnknownRequest, pseudonym
 
 router = APIRouter()
-
-
-class ClientGone(Exception):
-    """The client hung up before its answer began."""
+GONE = (CLIENT_GONE, "client_gone", "The client hung up.")  # nobody reads this refusal
 
 
 class EventStream(StreamingResponse):
@@ -44,7 +43,7 @@ class EventStream(StreamingResponse):
 
 
 async def while_connected(request: Request, work: Coroutine):
-    """The result of `work`, which is cancelled if the client hangs up first. Raises: ClientGone."""
+    """The result of `work`, which is cancelled if the client hangs up first: then a Refusal."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -54,7 +53,7 @@ async def while_connected(request: Request, work: Coroutine):
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise Refusal(*GONE)
         return task.result()
     finally:
         task.cancel()
@@ -66,17 +65,14 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body of a JSON request, never more than `most` bytes of it.
 
     Raises: Refusal (413); (408) if it has not come after `seconds`; and (415) for a form: any web
-        page may post a form to this machine, but no JSON. ClientGone if the client hangs up in the
-        middle.
+        page may post a form to this machine, but no JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         said = "Send JSON, with the header 'Content-Type: application/json'."
         raise Refusal(415, "unsupported_media_type", said)
     too_large = Refusal(413, "body_too_large", f"The body is larger than {most} bytes. Send less.")
-    announced, body = request.headers.get("content-length", ""), bytearray()
-    if announced.isdecimal() and int(announced) > most:
-        raise too_large
+    body = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
@@ -87,7 +83,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         said = f"The body did not come within {seconds:g} s. Send it again."
         raise Refusal(408, "request_timeout", said) from None
     except ClientDisconnect:
-        raise ClientGone from None
+        raise Refusal(*GONE) from None
     return bytes(body)
 
 
@@ -97,7 +93,7 @@ def _gateway(request: Request) -> Gateway:
 
 
 async def body_of(request: Request, kind: type):
-    """The checked body of a request. Raises: Refusal, ClientGone."""
+    """The checked body of a request. Raises: Refusal."""
     limits = _gateway(request).limits
     return read(kind, await read_body(request, limits.body_bytes, limits.timeout), limits)
 
@@ -207,11 +203,6 @@ async def failed(request: Request, error: Exception) -> JSONResponse:
     return await refused(request, Refusal(500, "internal_error", said))
 
 
-async def client_gone(request: Request, gone: ClientGone) -> Response:
-    """Nobody reads this; it ends the request."""
-    return Response(status_code=CLIENT_GONE)
-
-
 @asynccontextmanager
 async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Starts the engines, and ends them after the last answer."""
@@ -227,12 +218,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """The app of one gateway."""
-    handlers = {ClientGone: client_gone, HTTPException: http_error, Exception: failed}
     app = FastAPI(
         title="Gateway",
+        middleware=[Middleware(Guard, any_host=bool(gateway.keys))],
+        redirect_slashes=False,  # it would redirect to whatever Host was sent
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False},
-        exception_handlers={Refusal: refused, **handlers},
+        exception_handlers={Refusal: refused, HTTPException: http_error, Exception: failed},
         **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),  # none of FastAPI's own pages
     )
     app.state.gateway = gateway
