@@ -173,6 +173,8 @@ def main(arguments: list[str] | None = None) -> int:
         build_app(gateway),
         **SERVER,
         log_config=None,
+        log_level="warning",
+        server_header=False,
         lifespan="on",
         backlog=2048,
         timeout_graceful_shutdown=int(options.timeout) + 1,

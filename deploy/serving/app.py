@@ -64,8 +64,7 @@ async def while_connected(request: Request, work: Coroutine):
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body of a JSON request, never more than `most` bytes of it.
 
-    Raises: Refusal (413); (408) if it has not come after `seconds`; and (415) for a form: any web
-        page may post a form to this machine, but no JSON.
+    Raises: Refusal (413); (408) if it has not come after `seconds`; (415) for what is no JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
@@ -188,12 +187,9 @@ async def refused(request: Request, refusal: Refusal) -> JSONResponse:
 
 async def http_error(request: Request, error: HTTPException) -> JSONResponse:
     """What FastAPI itself refuses: an address or a method that is not there."""
-    path, code, said = request.url.path[:80], "error", str(error.detail)
-    if error.status_code == 404:
-        known = "POST /v1/chat/completions, GET /v1/models, POST /v1/feedback"
-        code, said = "not_found", f"No {path} here. See {known}."
-    elif error.status_code == 405:
-        code, said = "method_not_allowed", f"{path} does not take {request.method}."
+    known = "POST /v1/chat/completions, GET /v1/models, POST /v1/feedback"
+    said = f"No {request.method} {request.url.path[:80]} here. See {known}."
+    code = "not_found" if error.status_code == 404 else "method_not_allowed"
     return await refused(request, Refusal(error.status_code, code, said))
 
 

@@ -13,8 +13,7 @@ from deploy.serving.limits import Refusal, is_loopback
 
 
 class Guard:
-    """ASGI middleware before every address, also those that are not there: `paths` are open (None:
-    all).
+    """ASGI middleware before every address, there or not. Only `paths` are open (None: all).
 
     A web page can point its own domain at 127.0.0.1 (DNS rebinding): its `Host` gives it away,
     unless `any_host` may ask. Starlette's TrustedHostMiddleware knows names, not 127.0.0.0/8.
@@ -69,11 +68,5 @@ class TimedProtocol(H11Protocol):
         super().connection_lost(None)  # with an error it would let the time run on
 
 
-SERVER = {  # settings of both servers; nobody needs WebSockets here
-    "http": TimedProtocol,
-    "ws": "none",
-    "log_level": "warning",
-    "access_log": False,
-    "server_header": False,
-    "timeout_keep_alive": 15,
-}
+# Settings of both servers. Nobody needs WebSockets here.
+SERVER = {"http": TimedProtocol, "ws": "none", "access_log": False, "timeout_keep_alive": 15}

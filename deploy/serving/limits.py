@@ -126,8 +126,7 @@ class Slots:
                 wait = max(1, math.ceil((line.waiting + 1) / line.places * line.seconds))
                 whose = " of this key, which has half of the places," if line is not self else ""
                 said = f"{line.running} requests{whose} are running and {line.waiting} are waiting."
-                said += f" Send it again in {wait} s."
-                raise Refusal(429, "queue_full", said, retry_after=wait)
+                raise Refusal(429, "queue_full", f"{said} Retry in {wait} s.", retry_after=wait)
         async with AsyncExitStack() as held:
             for line in lines:
                 line.waiting += 1

@@ -92,9 +92,8 @@ def build_page(gateway: str, key: str) -> FastAPI:
         chat.like(thumb, [names, consent], None)
         gr.Button("New chat").click(lambda: ([], {}), None, [chat, names])
     # Nobody else's web page may speak through this one: it holds the key.
-    middleware = [Middleware(Guard, paths=NEEDED)]
-    limits = {"openapi_url": None, "telemetry": {"tracing": False}, "max_body_size": 1_000_000}
-    app = FastAPI(middleware=middleware, **limits)
+    guard = [Middleware(Guard, paths=NEEDED)]
+    app = FastAPI(middleware=guard, openapi_url=None, max_body_size=1_000_000)
     settings = {"ssr_mode": False, "footer_links": [], "enable_monitoring": False}
     return gr.mount_gradio_app(app, page, "/", server_name="127.0.0.1", **settings)
 
