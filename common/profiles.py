@@ -7,7 +7,8 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from common.io.files import ROOT, runs_folder
+
 WORLD = "toyworld"  # data: the embedded preference world
 TINY = "tiny-gpt2"  # model: a GPT-2 built from a config, with its own tokenizer
 
@@ -85,7 +86,7 @@ class Profile:
     @property
     def folder(self) -> Path:
         """Where its runs are kept: `$LAB_RUNS/<run_name>`, relative to the root of the course."""
-        return ROOT / (os.environ.get("LAB_RUNS") or "runs") / self.run_name
+        return runs_folder() / self.run_name
 
 
 def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:

@@ -20,6 +20,7 @@ TREES = ("common", "deploy", "tools", "benchmarks")
 TAUGHT = (
     "profiles",
     "toyworld",
+    "instructions",
     "data",
     "models",
     "logprobs",
@@ -32,12 +33,14 @@ TAUGHT = (
     "costs",
     "environment",
 )
+NOT_YET = ("instructions",)  # taught by the notebooks of the real model, still to be written
 # A module imports what stands before it here, or beside it in the same line; a longer name goes
 # before a shorter one.
 ORDER = [
     "io",
     "profiles",
     "toyworld",
+    "instructions",
     "data",
     "models",
     "logprobs",
@@ -57,7 +60,7 @@ ORDER = [
 ]
 APART = [("evaluation", "lab"), ("judges", "lab"), ("plots", "memory"), ("training.trainer", "lab")]
 TWICE = {"main", "response_logps"}  # of command lines; the readable and the packed path
-LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_200, 14_300
+LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 16_000
 LOADED = {"Lab-1.7-DPO_Alignment/01": 16}  # modules of ours that a notebook loads at the most
 LOADED_BY_ANY = 40
 
@@ -159,7 +162,7 @@ def taught_files_are_those_of_the_design(root: Path) -> list[str]:
 def taught_files_are_imported_by_a_notebook(root: Path) -> list[str]:
     known = modules(root)
     used = set().union(*(imports(code, known) for code in notebooks(root).values()))
-    here = (path.stem for path in root.glob("common/*.py") if path.stem != "__init__")
+    here = {path.stem for path in root.glob("common/*.py")} - {"__init__", *NOT_YET}
     return [f"no notebook imports common.{name}" for name in here if f"common.{name}" not in used]
 
 
@@ -398,9 +401,9 @@ def small_tree(tmp_path):
 BROKEN = [
     (taught_files_are_those_of_the_design, "common/extra.py", "", "common/extra.py"),
     (taught_files_are_imported_by_a_notebook, "common/extra.py", "", "common.extra"),
-    (taught_files_are_short_together, "common/data.py", "\n" * 3201, "3201 lines"),
+    (taught_files_are_short_together, "common/data.py", "\n" * 3601, "3601 lines"),
     (files_are_short, "common/io/hub.py", "\n" * 331, "common/io/hub.py has 331"),
-    (all_files_are_short_together, "deploy/quantize.py", "\n" * 14_301, "14"),
+    (all_files_are_short_together, "deploy/quantize.py", "\n" * 16_001, "16"),
     (common_imports_only_common, "common/lab.py", "import deploy.serving", "common.lab"),
     (common_imports_only_common, "common/io/a.py", "def f(): from tools import show", "tools.show"),
     (

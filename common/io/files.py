@@ -11,6 +11,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def runs_folder() -> Path:
+    """Where runs and fetched models are kept: `$LAB_RUNS`, relative to the root of the course."""
+    return ROOT / (os.environ.get("LAB_RUNS") or "runs")
+
 
 def sync(target: Path) -> None:
     """Brings a file, or all files of a folder, to the disk."""
