@@ -21,7 +21,7 @@ from deploy.serving.limits import Refusal
 from deploy.serving.store import StoreError, UnknownRequest, pseudonym
 
 router = APIRouter()
-GONE = (CLIENT_GONE, "client_gone", "The client hung up.")  # nobody reads this refusal
+HUNG_UP = (CLIENT_GONE, "client_gone", "The client hung up.")  # nobody reads this refusal
 
 
 class EventStream(StreamingResponse):
@@ -53,7 +53,7 @@ async def while_connected(request: Request, work: Coroutine):
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise Refusal(*GONE)
+            raise Refusal(*HUNG_UP)
         return task.result()
     finally:
         task.cancel()
@@ -82,7 +82,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         said = f"The body did not come within {seconds:g} s. Send it again."
         raise Refusal(408, "request_timeout", said) from None
     except ClientDisconnect:
-        raise Refusal(*GONE) from None
+        raise Refusal(*HUNG_UP) from None
     return bytes(body)
 
 

@@ -19,7 +19,7 @@ from deploy.serving.gateway import AUTO
 from deploy.serving.guard import SERVER, Guard
 
 TOO_LONG = ("context_length_exceeded", "body_too_large")  # for the model, for the gateway
-NEEDED = re.compile(  # of Gradio's addresses; others take files, give files, or fetch
+OPEN_PATHS = re.compile(  # of Gradio's addresses; others take files, give files, or fetch
     r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)|/(assets|static|svelte)/.*"
     r"|/gradio_api/(info|app_id|startup-events|cancel|reset|(queue|heartbeat)/.*)/?"
 )
@@ -92,7 +92,7 @@ def build_page(gateway: str, key: str) -> FastAPI:
         chat.like(thumb, [names, consent], None)
         gr.Button("New chat").click(lambda: ([], {}), None, [chat, names])
     # Nobody else's web page may speak through this one: it holds the key.
-    guard = [Middleware(Guard, paths=NEEDED)]
+    guard = [Middleware(Guard, paths=OPEN_PATHS)]
     app = FastAPI(middleware=guard, openapi_url=None, max_body_size=1_000_000)
     settings = {"ssr_mode": False, "footer_links": [], "enable_monitoring": False}
     return gr.mount_gradio_app(app, page, "/", server_name="127.0.0.1", **settings)
