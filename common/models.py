@@ -1,6 +1,4 @@
-"""Tokenizers and models: from a config, a local folder or the hub; LoRA and 4-bit; the frozen
-reference.
-"""
+"""Tokenizers and models: from a config, a folder or the hub; LoRA, 4-bit; the frozen reference."""
 
 import copy
 import json
@@ -24,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.io.formats import Unusable
+from common.io.templates import CHAT_TEMPLATE, HH, read_as
 from common.profiles import TINY, Profile, device_and_precision
 
 # Loading a small model again and again would bury the notebook's own output.
@@ -33,15 +33,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 REWARD_HEAD = "reward_head.safetensors"
-# Writes the same text as the data: "\n\nHuman: {x}\n\nAssistant:" and " {y}" after it.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] | trim }}"
-    "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
-    "{% else %}{{ '\n\nHuman: ' + message['content'] | trim }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
 
 
 class ModelError(RuntimeError):
@@ -49,17 +40,14 @@ class ModelError(RuntimeError):
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`, with separate EOS and pad tokens and our chat
-    template.
-    """
+    """A byte-level BPE tokenizer of `texts`, with EOS and pad tokens apart, and our template."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
         special_tokens=[END, PAD],
-        initial_alphabet=alphabet,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train_from_iterator(texts, trainer)
@@ -69,34 +57,48 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 
 def _from_hub(load, source: str, **options):
-    """`load(source)`, with one clear sentence in place of the library's many errors."""
-    if Path(source).is_absolute() and not Path(source).exists():
-        raise ModelError(f"No model folder at {source}. Check LAB_MODEL.")
+    """`load(source)`, never running code that came with it; one clear sentence for all errors."""
+    from common.io.pretrained import located
+
     try:
-        return load(source, **options)
+        name, pinned = located(source)
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from error
+    try:
+        found = load(name, trust_remote_code=False, **pinned, **options)  # None: it would ask
+        # Where transformers knows the model, it leaves such code alone in silence.
+        if "auto_map" in vars(found) | getattr(found, "init_kwargs", {}):
+            raise ValueError("auto_map is there, and trust_remote_code is off")
+        return found
     except (OSError, ValueError, SafetensorError) as error:
-        first = str(error).splitlines()[0]
-        raise ModelError(
-            f"Could not load {source!r} ({type(error).__name__}: {first}). To go on offline, point "
-            "LAB_MODEL to a folder saved with save_pretrained, or use LAB_PROFILE=cpu, which needs "
-            "no download. A gated model needs its licence accepted on the hub and `hf auth login`."
-        ) from error
+        advice = (
+            "To go on offline, point LAB_MODEL to a folder saved with save_pretrained, or use "
+            "LAB_PROFILE=cpu, which needs no download. A gated model needs its licence accepted on "
+            "the hub and `hf auth login`."
+        )
+        if "trust_remote_code" in str(error):
+            advice = "It asks for code of its own (auto_map), never run here. Name another model."
+        said = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise ModelError(f"Could not load {source!r} ({said}). {advice}") from error
 
 
-def load_tokenizer(source: str | Path):
-    """The tokenizer of a local folder or hub id, with a pad token and the course's chat template.
+def load_tokenizer(source: str | Path, template: str = HH):
+    """The tokenizer of a local folder or hub id, with a pad token, and the `template` to read in.
 
-    Raises: ModelError, also for one without an end token or without character offsets.
+    Raises: ModelError, also for one without an end token or character offsets; see `read_as`.
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, str(source))
     name = f"The tokenizer of {str(source)!r}"
+    try:
+        read_as(template, tokenizer)
+    except Unusable as error:
+        raise ModelError(f"{name}: {error}. Name a chat model, or another profile.") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name} has no end token (EOS): name another LAB_MODEL.")
     if not tokenizer.is_fast:
         raise ModelError(f"{name} gives no character offsets (it is slow): name another LAB_MODEL.")
     if tokenizer.pad_token is None:  # masks come from lengths, so EOS is still scored
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 
@@ -275,9 +277,9 @@ def add_lora(model, profile: Profile):
 def merge_lora(model, source: str | Path, profile: Profile):
     """A plain model with the adapter merged into weights that were never quantised.
 
-    The weights of a 4-bit model are rounded, so its base is loaded again from `source`, and the
-    adapter is merged there. The sum is taken in float32 and rounded once, to the precision from
-    which the 4-bit loader quantises: bfloat16 on most GPUs.
+    The weights of a 4-bit model are rounded: its base is loaded again from `source` and the adapter
+    merged there. The sum is taken in float32 and rounded once, to the precision from which the
+    4-bit loader quantises: bfloat16 on most GPUs.
     """
     if isinstance(model, RewardModel):
         model.body = merge_lora(model.body, source, profile)

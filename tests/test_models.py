@@ -21,6 +21,7 @@ from common import models
 from common.data import load_pairs
 from common.evaluation import logps_of
 from common.lab import MissingRun, open_lab
+from common.memory.architectures import model_config
 from common.models import ModelError
 from common.profiles import PROFILES, TINY, get_profile
 from common.toyworld import World
@@ -187,6 +188,27 @@ def test_pickled_weights_are_refused(tmp_path, tokenizer):
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     with pytest.raises(ModelError, match="safetensors"):
         models.load_model(tmp_path, PROFILE)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "of-its-own"], ids=["known", "unknown"])
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_model_is_refused_unasked(tmp_path, tokenizer, monkeypatch, kind, file):
+    """`auto_map` names Python files that came with the model. transformers would ask on standard
+    input whether to run them; somebody who answers yes has run them.
+    """
+    config = models.new_tiny_model(PROFILE, tokenizer).config.to_dict() | {"model_type": kind}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    settings = json.loads((tmp_path / file).read_text())
+    names = {"AutoConfig": "code.A", "AutoTokenizer": ["code.A", "code.A"]}
+    settings |= {"auto_map": names, "tokenizer_class": "OfItsOwn"}
+    (tmp_path / file).write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda question: "y")
+    load = models.load_tokenizer if "tokenizer" in file else model_config
+    with pytest.raises(ModelError, match="code of its own .auto_map.*never run here"):
+        load(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_context_that_is_too_short_is_named(tokenizer):
