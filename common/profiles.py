@@ -10,6 +10,7 @@ from pathlib import Path
 from common.io.files import ROOT, runs_folder
 
 WORLD = "toyworld"  # data: the embedded preference world
+INSTRUCTIONS = "instructions"  # data: instructions in open English that code can verify
 TINY = "tiny-gpt2"  # model: a GPT-2 built from a config, with its own tokenizer
 
 
