@@ -12,6 +12,7 @@ outside this folder; nothing but `worker` imports torch.
 | `worker.py` | the own engine's process: `transformers serve` on one folder |
 | `store.py` | requests, feedback and A/B assignment in SQLite, written and read back |
 | `gateway.py` | what a gateway knows and does: admits, assigns, relays, counts, records |
+| `guard.py` | refuses other web sites, and ends connections on which nothing moves |
 | `app.py` | its HTTP side, a FastAPI app |
 | `start.py` | starts the gateway from a notebook or a test, and ends it |
 | `page.py` | a chat page with thumbs |

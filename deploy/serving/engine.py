@@ -117,7 +117,7 @@ class Engine:
         return {**own, **request.options, **usage}
 
     async def answer(
-        self, request: ChatRequest, tokens: int, deadline: float
+        self, request: ChatRequest, tokens: int, deadline: float, caller: str
     ) -> AsyncIterator[dict]:
         """Pieces of the answer: {"text"} each, then {"reason", "usage"}.
 
@@ -132,7 +132,7 @@ class Engine:
         broken = Refusal(502, "engine_failed", again, retry_after=1)
         try:
             async with (
-                self.slots.place(),
+                self.slots.place(caller),
                 self._connected(body, deadline) as response,
                 aclosing(whole_lines(response, deadline)) as lines,
             ):
