@@ -8,7 +8,6 @@ from torch import Tensor
 
 from common.data import collate, tokenize_response
 from common.evaluation import Answer, WinRate, logps_of, win_rate
-from common.instructions import ALL, instruction
 from common.io.formats import as_prompt
 from common.losses import bradley_terry_loss, share_positive
 from common.toyworld import World
@@ -106,6 +105,8 @@ def on_topic(model, tokenizer, answers: list[tuple[str, str]], batch_size=64) ->
     Compared is the same question about another topic, both without their constraints. The model is
     the one that training started from: an aligned one may have learned to like its own answers.
     """
+    from common.instructions import ALL, instruction
+
     limit = getattr(model.config, "max_position_embeddings", None) or 10**9
     rows = []
     for prompt, answer in answers:

@@ -109,14 +109,14 @@ WANTED = {"train": COUNTS, "test": COUNTS}
 
 def test_a_run_that_was_stopped_goes_on_where_it_was(sampler, monkeypatch):
     """The answers are the same as those of a run in one go; nothing is asked twice."""
-    whole, _ = sample_pairs.make_pairs(sampler.new(), WANTED)
+    whole, _ = sample_pairs.all_pairs(sampler.new(), WANTED)
     calls = len(sampler.asked)
     assert calls > 3 and len(set(sampler.asked)) == calls  # each batch has a seed of its own
-    assert sample_pairs.make_pairs(sampler.new(), WANTED)[0] == whole
+    assert sample_pairs.all_pairs(sampler.new(), WANTED)[0] == whole
     assert len(sampler.asked) == calls
     batches = sorted(sampler.new().folder.iterdir())
     batches[1].unlink()
-    assert sample_pairs.make_pairs(sampler.new(), WANTED)[0] == whole
+    assert sample_pairs.all_pairs(sampler.new(), WANTED)[0] == whole
     assert len(sampler.asked) == calls + 1
 
 
@@ -134,7 +134,7 @@ def test_the_answer_to_a_lookalike_ends_with_its_last_whole_sentence(sampler, mo
 
 def test_the_same_pairs_are_the_same_bytes(sampler, tmp_path):
     made = sampler.new()
-    rows, tally = sample_pairs.make_pairs(made, WANTED)
+    rows, tally = sample_pairs.all_pairs(made, WANTED)
     text = sample_pairs.note(rows, tally, made.settings)
     written = []
     for name in ("a", "b"):
@@ -150,7 +150,7 @@ def test_a_model_that_never_gives_a_pair_is_a_clear_error(sampler, monkeypatch, 
     monkeypatch.setattr(sample_pairs, "better_and_worse", lambda answers: [])
     monkeypatch.setattr(sample_pairs, "MOST_PROMPTS", 40)
     with pytest.raises(sample_pairs.DataError, match="raise --samples"):
-        sample_pairs.make_pairs(sampler.new(), WANTED)
+        sample_pairs.all_pairs(sampler.new(), WANTED)
 
 
 # The committed pairs

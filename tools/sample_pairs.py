@@ -43,8 +43,8 @@ from common.profiles import device_and_precision, get_profile
 
 # How many pairs: {split: {knob or kind: pairs}}.
 WANTED = {
-    "train": {"clean": 600, "shared": 320, "harmful": 150, "lookalike": 90},
-    "test": {"clean": 110, "shared": 50, "harmful": 40, "lookalike": 30},
+    "train": {"clean": 500, "shared": 450, "harmful": 150, "lookalike": 100},
+    "test": {"clean": 100, "shared": 80, "harmful": 40, "lookalike": 30},
 }
 # No pair holds an answer with one of these, or with letters of another script.
 COARSE = re.compile(
@@ -70,7 +70,7 @@ class Settings:
     seed: int = 0
 
 
-def usable(answer: Answer) -> bool:
+def fair(answer: Answer) -> bool:
     """Did it end, in plain English, without a mark that a reader of transcripts would trip over?"""
     plain = answer.text.translate(str.maketrans("’‘“”–—…•é", "''\"\"--.-e"))
     found = COARSE.search(plain.lower()) or MARKS.search(plain)
@@ -82,7 +82,7 @@ def better_and_worse(answers: list[Answer]) -> list[dict]:
 
     The most alike in length come first; no answer is in two pairs of one knob.
     """
-    found = [(a, Instructions().judge(a.prompt, a.text, a.ended)) for a in answers if usable(a)]
+    found = [(a, Instructions().judge(a.prompt, a.text, a.ended)) for a in answers if fair(a)]
     found = [(a, seen, {k for k, met in seen.met.items() if met}) for a, seen in found]
     candidates = []
     for good, better, won in found:
@@ -216,7 +216,7 @@ def lookalike_pairs(sampler: Sampler, split: str, wanted: int) -> list[dict]:
             whole = re.match(r"(?:.*[a-z)][.!?](?=\s|$))?", answer.text, re.DOTALL)[0]
             answer = replace(answer, text=whole, ended=True)
             found = Instructions().judge(answer.prompt, whole)
-            if usable(answer) and found.relevance and not found.refused:
+            if fair(answer) and found.relevance and not found.refused:
                 refusal = _refusal(instruction(answer.prompt).about, rng)
                 rows += sampler.on_topic([_row(answer, refusal, "template")])
                 break
@@ -225,7 +225,7 @@ def lookalike_pairs(sampler: Sampler, split: str, wanted: int) -> list[dict]:
     return rows
 
 
-def make_pairs(sampler: Sampler, wanted: dict) -> tuple[list[dict], Tally]:
+def all_pairs(sampler: Sampler, wanted: dict) -> tuple[list[dict], Tally]:
     """All pairs, in a fixed order. Raises: DataError where there are none with constraints."""
     rows, tally = [], Tally()
     for split, counts in wanted.items():
@@ -307,7 +307,7 @@ def main(arguments: list[str] | None = None) -> int:
     sampler = Sampler(settings, lab)
     print(f"answers are kept in {sampler.folder}")
     try:
-        rows, tally = make_pairs(sampler, wanted)
+        rows, tally = all_pairs(sampler, wanted)
         write(rows, note(rows, tally, settings), given.output)
     except (DataError, OSError, models.ModelError) as error:
         print(f"error: {error}", file=sys.stderr)
