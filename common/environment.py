@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 
 from common import profiles
+from common.io.pretrained import PACKAGED, model_folder
 
 Line = tuple[str, str]
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
@@ -22,6 +23,7 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 ROOM = {
     "smoke": (2, 1),
     "cpu": (3, 2),
+    "smollm": (8, 12),
     "gpt2": (7, 15),
     "qwen-0.5b": (9, 70),
     "qlora-7b": (20, 130),
@@ -109,8 +111,10 @@ def profile_lines(profile: profiles.Profile, device: str, dtype: str, why: str) 
     lines = [("OK", f"device {device}, precision {dtype} ({why})")]
     if device == "cpu" and profile.four_bit:
         lines.append(("FIX", f"profile {profile.name} needs a CUDA GPU: set LAB_PROFILE=cpu"))
-    elif device == "cpu" and profile.name not in ("smoke", "cpu"):
+    elif device == "cpu" and profile.name not in ("smoke", "cpu", "smollm"):
         lines.append(("NOTE", f"profile {profile.name} is made for a GPU and slow without one"))
+    if profile.model in PACKAGED and not (model_folder(profile.model) / "README.md").exists():
+        lines.append(("FIX", f"the model {profile.model} is not here yet: make model"))
     folder = profile.folder
     if folder.is_relative_to(profiles.ROOT):
         folder = folder.relative_to(profiles.ROOT)
@@ -149,7 +153,7 @@ def all_lines() -> list[Line]:
     return [
         *lines,
         torch_line(nvidia_gpus(), *build, cuda_package_bytes()),
-        *profile_lines(profile, *profiles.device_and_precision()),
+        *profile_lines(profile, *profiles.device_and_precision(profile)),
         *room_lines(profile, psutil.virtual_memory().total, shutil.disk_usage(place).free),
     ]
 

@@ -7,7 +7,7 @@ compares traffic and answers with those of a quiet time.
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import ceil, sqrt
-from statistics import mean, pstdev
+from statistics import mean
 
 import numpy as np
 from scipy.stats import binom, binomtest, norm
@@ -34,8 +34,7 @@ def _z_score(up_a, n_a, up_b, n_b) -> np.ndarray:
     """(share B - share A) in standard errors, with the pooled share; 0 where all or none are up."""
     pooled = (up_a + up_b) / (n_a + n_b)
     spread = np.sqrt(pooled * (1 - pooled) * (1 / n_a + 1 / n_b))
-    zero = np.zeros_like(spread, dtype=float)
-    return np.divide(up_b / n_b - up_a / n_a, spread, out=zero, where=spread > 0)
+    return np.divide(up_b / n_b - up_a / n_a, spread, out=np.zeros_like(spread), where=spread > 0)
 
 
 def two_shares(up_a: int, n_a: int, up_b: int, n_b: int) -> TwoShares:
@@ -160,27 +159,34 @@ def signals(
 
 
 def drift_limits(
-    baseline: list[dict[str, float]], window: int, z: float = 3.0
+    baseline: list[dict[str, float]], window: int, level: float = 0.01
 ) -> dict[str, tuple[float, float]]:
     """Of each signal, the band in which the mean of `window` answers stays if nothing has changed.
 
-    The baseline's mean ± z standard errors; those of the baseline's own mean are counted too. Four
-    signals at z = 3 give a false alarm in about one window of a hundred.
+    The baseline's mean ± z standard errors, its own included. One z for all signals: about a share
+    `level` of quiet windows leaves any band (max-t of Westfall & Young 1993, 1,000 resamples).
     Raises: ValueError for a baseline of fewer than 2 answers, or an empty window.
     """
     if len(baseline) < 2 or window < 1:
         raise ValueError("A baseline needs at least 2 answers, and a window at least 1.")
-    limits, size = {}, len(baseline)
-    for name in baseline[0]:
-        values = [row[name] for row in baseline]
-        share = set(values) <= {0.0, 1.0}
-        # A share that never varied in the baseline may vary later: one more answer of each kind is
-        # assumed.
-        spread = max(pstdev(values), sqrt(size + 1) / (size + 2) if share else 0.0)
-        half = z * spread * sqrt(1 / window + 1 / size)
-        low, high = mean(values) - half, mean(values) + half
-        limits[name] = (max(0.0, low), min(1.0, high)) if share else (low, high)
-    return limits
+    size, rng = len(baseline), np.random.default_rng(0)
+    values = np.array([[row[name] for name in baseline[0]] for row in baseline])
+    share, centre = np.isin(values, (0, 1)).all(axis=0), np.array([*map(mean, values.T.tolist())])
+    values -= centre  # exactly 0 where a signal never varied
+    drawn = rng.integers(size, size=(1000, size + window))
+    drawn[0, :size] = np.arange(size)  # the first is the baseline itself
+    keys = drawn[:, :size] + size * np.arange(1000)[:, None]
+    counts = np.bincount(keys.ravel(), minlength=keys.size).reshape(keys.shape)
+    means = counts @ values / size
+    # A share of 0 or 1 may vary later: one more answer of each kind is assumed.
+    smooth = ((means + centre) * size + 1) / (size + 2)
+    spread = np.where(share, smooth * (1 - smooth), counts @ values**2 / size - means**2)
+    errors = np.sqrt(spread.clip(0) * (1 / window + 1 / size))
+    distance = np.abs(values[drawn[:, size:]].mean(axis=1) - means)
+    z = np.divide(distance, errors, out=np.zeros_like(errors), where=errors > 0).max(axis=1)
+    half = np.quantile(z, 1 - level) * errors[0]
+    bands = [np.where(share, end.clip(0, 1), end) for end in (centre - half, centre + half)]
+    return dict(zip(baseline[0], map(tuple, np.transpose(bands).tolist()), strict=True))
 
 
 def alarms(
@@ -188,5 +194,4 @@ def alarms(
 ) -> dict[str, float]:
     """Signals whose mean over these answers is outside its limits, with that mean."""
     means = {name: mean(row[name] for row in rows) for name in limits}
-    outside = {name: not low <= means[name] <= high for name, (low, high) in limits.items()}
-    return {name: means[name] for name in limits if outside[name]}
+    return {name: means[name] for name, (a, b) in limits.items() if not a <= means[name] <= b}

@@ -4,6 +4,8 @@ is under test.
 
 import asyncio
 import json
+import re
+import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -14,10 +16,12 @@ import httpx
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.routing import iter_route_contexts
 
 from deploy.serving.app import build_app
 from deploy.serving.engine import Engine
 from deploy.serving.gateway import Gateway
+from deploy.serving.guard import SERVER
 from deploy.serving.limits import Limits, read_keys
 from deploy.serving.start import wait_for
 from deploy.serving.store import Store
@@ -25,13 +29,45 @@ from deploy.serving.store import Store
 ASK = {"model": "auto", "messages": [{"role": "user", "content": "What is the kettle for?"}]}
 WORDS = [" Boil", " water", " with", " it", "."]
 
+CLIENT = httpx.Client(trust_env=False, timeout=20)
+FOREIGN = {  # what a browser sends for a page of another site, or of another port
+    "a form": {"origin": "http://evil.example", "sec-fetch-site": "cross-site"},
+    "an older browser": {"origin": "http://evil.example"},
+    "a sandboxed frame": {"origin": "null"},
+    "an image": {"sec-fetch-site": "cross-site", "sec-fetch-dest": "image"},
+    "another port": {"origin": "http://127.0.0.1:1", "sec-fetch-site": "same-site"},
+}
+
+
+def addresses(app) -> list[tuple[str, str]]:
+    """(method, path) of every address, also those of mounted apps; and some that are not there."""
+    found = [
+        ("GET", "/"),
+        ("GET", "/nothing"),
+        ("POST", "/v1/feedback/"),
+        ("OPTIONS", "/v1/models"),
+    ]
+    for route in iter_route_contexts(app.routes):
+        if methods := getattr(route, "methods", None):
+            path = re.sub(r"[{}]", "", route.path)
+            found += [(method, path) for method in methods]
+        elif hasattr(route, "app"):
+            found += addresses(route.app)
+    return found
+
+
+def status(root: str, method: str, path: str, headers: dict) -> int:
+    """Of a request without a body. Redirects are not followed."""
+    return CLIENT.request(method, root + path, headers=headers).status_code
+
 
 @contextmanager
 def running(app, **settings):
-    """The app on a free port, in a thread; gives its address."""
-    config = uvicorn.Config(
-        app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=10, **settings
-    )
+    """The app on a free port, in a thread, with the settings of the real servers unless others are
+    given; gives its address.
+    """
+    ours = SERVER | {"log_config": None, "timeout_graceful_shutdown": 10}
+    config = uvicorn.Config(app, port=0, **ours | settings)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -43,6 +79,12 @@ def running(app, **settings):
         thread.join(20)
 
 
+def text_event(text: str) -> str:
+    """A piece of an answer as the engine streams it."""
+    piece = {"choices": [{"delta": {"content": text}, "index": 0}]}
+    return f"data: {json.dumps(piece)}\n\n"
+
+
 @dataclass
 class FakeEngine:
     """An engine that answers `WORDS`. What it does wrong, how slowly, and what it saw, is set and
@@ -50,11 +92,14 @@ class FakeEngine:
     """
 
     seconds: float = 0.0  # before each word
-    fault: str | None = None  # "cut", "error event", "nonsense", "endless line", "status 500", …
+    fault: str | None = (
+        None  # "cut", "error event", "nonsense", "endless line", "flood", "status 500", …
+    )
     started: int = 0
     finished: int = 0
     cancelled: int = 0
     most: int = 0  # at the same time
+    sent: int = 0  # bytes of a "flood"
     bodies: list = field(default_factory=list)
 
     def app(self) -> FastAPI:
@@ -87,8 +132,11 @@ class FakeEngine:
                     yield "data: <html>\n\n"
                 if at == 2 and self.fault == "endless line":
                     yield "x" * 1_100_000
-                piece = {"choices": [{"delta": {"content": word}, "index": 0}]}
-                yield f"data: {json.dumps(piece)}\n\n"
+                while at == 2 and self.fault == "flood":  # words without an end
+                    yield text_event("x" * 100_000)
+                    self.sent += 100_000
+                    await asyncio.sleep(0)
+                yield text_event(word)
             else:
                 usage = {
                     "prompt_tokens": 7,
@@ -122,10 +170,19 @@ class Bench:
 
 @contextmanager
 def gateway(
-    folder: Path, *fakes: FakeEngine, keys: str = "", weights=None, max_bytes: int = 10**8, **limits
+    folder: Path,
+    *fakes: FakeEngine,
+    keys: str = "",
+    weights=None,
+    max_bytes: int = 10**8,
+    names="abc",
+    server: dict | None = None,
+    **limits,
 ):
-    """A gateway in this process before these fake engines, called a, b, …; gives a Bench."""
-    names = "abc"[: len(fakes)]
+    """A gateway in this process before these fake engines, called a, b, …; gives a Bench. `server`:
+    settings of its uvicorn.
+    """
+    names = names[: len(fakes)]
     settings = replace(Limits(requests_per_minute=10**6, timeout=20), **limits)
     with ExitStack() as stack:
         urls = [stack.enter_context(running(fake.app())) for fake in fakes]
@@ -135,11 +192,29 @@ def gateway(
         store = folder / "store.sqlite"
         shares = weights or dict.fromkeys(names, 1.0)
         bench = Gateway(engines, shares, Store(store, max_bytes), read_keys(keys), settings)
-        root = stack.enter_context(running(build_app(bench)))
+        root = stack.enter_context(running(build_app(bench), **(server or {})))
         wait_for(
             lambda: all(engine.ready.is_set() for engine in engines.values()), 20, "fake engine"
         )
         yield Bench(root, bench, store)
+
+
+def open_stream(bench, receive: int = 0, **more) -> socket.socket:
+    """A streaming request on a bare socket, which a test can hang up. `receive`: the size of its
+    buffer.
+    """
+    body = json.dumps({**ASK, "stream": True, **more}).encode()
+    host, port = bench.root.removeprefix("http://").split(":")
+    line = socket.socket()
+    if receive:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive)
+    line.settimeout(20)
+    line.connect((host, int(port)))
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    )
+    line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+    return line
 
 
 CONTEXT = 512  # tokens: long enough that an answer without an end takes a while

@@ -2,8 +2,10 @@
 
 import random
 
+import numpy as np
 import pytest
 from openai import OpenAI
+from scipy.stats import binomtest
 from serving_tools import WORDS, FakeEngine, gateway
 from tiny import micro_profile
 
@@ -106,8 +108,12 @@ def rows_of(**changes) -> list[dict]:
     ]
 
 
-def test_the_same_traffic_raises_no_alarm():
-    assert alarms(rows_of()[:30], drift_limits(rows_of(), 30)) == {}
+@pytest.mark.parametrize("changes", [{}, {"surprise": 0.1}])
+def test_the_same_traffic_raises_no_alarm(changes):
+    """Not where a signal never varies, either: 0.1 is no sum of powers of two, and still its mean
+    is 0.1 in a baseline of 60 and in a window of 30.
+    """
+    assert alarms(rows_of(**changes)[:30], drift_limits(rows_of(**changes), 30)) == {}
 
 
 @pytest.mark.parametrize(
@@ -128,12 +134,36 @@ def test_a_band_needs_a_baseline_and_a_window(size, window):
 
 
 def test_one_odd_answer_is_no_drift():
-    """All 60 of the baseline ended by themselves; one of 30 that does not is within three standard
-    errors.
+    """All 60 of the baseline ended by themselves; one of 30 that does not stays in the
+    band.
     """
     window = rows_of()[:30]
     window[0]["ended_with_eos"] = 0.0
     assert alarms(window, drift_limits(rows_of(), 30)) == {}
+
+
+def quiet_rows(rng: np.random.Generator, size: int) -> list[dict]:
+    """Traffic that never changes: rare cut and refused answers, a surprise with a long tail."""
+    columns = {
+        "length_tokens": rng.geometric(1 / 27, size).astype(float),
+        "ended_with_eos": (rng.random(size) < 0.98).astype(float),
+        "surprise": np.exp(0.8 * rng.standard_normal(size) - 1),
+        "refused": (rng.random(size) < 0.05).astype(float),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def test_one_level_holds_for_all_signals_together():
+    """Of 400 quiet windows of 60 answers, each with a baseline of 150, one in a hundred may raise
+    any alarm: the 95 % interval of the share that does holds 1 %, and ends below 4 %.
+    """
+    rng, windows = np.random.default_rng(0), 400
+    raised = sum(
+        bool(alarms(quiet_rows(rng, 60), drift_limits(quiet_rows(rng, 150), 60)))
+        for _ in range(windows)
+    )
+    low, high = binomtest(raised, windows).proportion_ci(method="wilson")
+    assert low <= 0.01 and high < 0.04, f"{raised} of {windows} quiet windows raise an alarm"
 
 
 def test_signals_of_an_answer(lab):

@@ -4,6 +4,7 @@ failures of the API.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -42,7 +43,11 @@ class Fake:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with fake.lock:
                     fake.requests.append(
-                        {**body, "path": self.path, "key": self.headers["Authorization"]}
+                        {
+                            **body,
+                            "path": self.path,
+                            "headers": {k.lower(): v for k, v in self.headers.items()},
+                        }
                     )
                     number = len(fake.requests)
                 found = fake.answer(body, number)
@@ -100,12 +105,38 @@ def between(text: str, start: str, end: str) -> str:
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret-key")
-    server = Fake()
-    yield server
-    server.server.shutdown()
-    server.server.server_close()
+def fakes(monkeypatch):
+    """Two servers, and an environment in which all that is meant for OpenAI is called official."""
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    for name in ("API_KEY", "ADMIN_KEY", "ORG_ID", "PROJECT_ID", "WEBHOOK_SECRET"):
+        monkeypatch.setenv(f"OPENAI_{name}", f"official-{name}")
+    custom = "X-Team: official-team\nauthorization: official-bearer\nopenai-project: official-two"
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", custom)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.setenv("LAB_SAMPLER_KEY", "secret-key")
+    monkeypatch.delenv("LAB_JUDGE_KEY", raising=False)
+    servers = Fake(), Fake()
+    yield servers
+    for one in servers:
+        one.server.shutdown()
+        one.server.server_close()
+
+
+@pytest.fixture
+def fake(fakes):
+    return fakes[0]
+
+
+def run(folder: Path, *arguments: str) -> int:
+    """The command line on one prompt."""
+    (folder / "prompts.txt").write_text("Hi\n")
+    files = str(folder / "prompts.txt"), "-o", str(folder / "mine.jsonl")
+    return main([*files, "--model", "m", "--workers", "1", "--retries", "0", *arguments])
+
+
+def keys(fake: Fake) -> set[str]:
+    return {request["headers"].get("authorization") for request in fake.requests}
 
 
 def services(fake: Fake, folder: Path, retries: int = 2) -> tuple[Endpoint, Endpoint]:
@@ -174,8 +205,135 @@ def test_the_second_run_asks_nothing_and_other_settings_ask_again(fake, tmp_path
 
 def test_the_key_is_sent_and_written_nowhere(fake, tmp_path):
     make_pairs(["Hi"], *services(fake, tmp_path))
-    assert fake.requests[0]["key"] == "Bearer secret-key"
+    assert keys(fake) == {"Bearer secret-key"}
     assert not any("secret-key" in path.read_text() for path in tmp_path.iterdir())
+
+
+def test_what_is_meant_for_openai_goes_nowhere_else(fakes, tmp_path, monkeypatch):
+    """Neither its keys, organisation and project nor headers of its own; with a key and without."""
+    sampler, judge = fakes
+    services = "--base-url", sampler.url, "--judge-base-url", judge.url
+    assert run(tmp_path, *services) == 0
+    monkeypatch.delenv("LAB_SAMPLER_KEY")
+    assert run(tmp_path, *services, "--cache", str(tmp_path / "again")) == 0
+    assert len(sampler.requests) == len(judge.requests) == 4
+    sent = [request["headers"] for request in sampler.requests + judge.requests]
+    assert "official" not in str(sent)
+    assert not {"openai-organization", "openai-project"} & {
+        name.lower() for x in sent for name in x
+    }
+    assert keys(judge) == {"Bearer none"}
+
+
+def test_each_service_gets_its_own_key(fakes, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_JUDGE_KEY", "judge-key")
+    assert run(tmp_path, "--base-url", fakes[0].url, "--judge-base-url", fakes[1].url) == 0
+    assert keys(fakes[0]) == {"Bearer secret-key"} and keys(fakes[1]) == {"Bearer judge-key"}
+
+
+def test_a_judge_at_the_same_address_is_the_same_service(fake, tmp_path, monkeypatch):
+    monkeypatch.setenv("LAB_JUDGE_KEY", "judge-key")
+    assert run(tmp_path, "--base-url", fake.url, "--judge-model", "judge") == 0
+    assert len(fake.requests) == 4 and keys(fake) == {"Bearer secret-key"}
+
+
+def test_a_variable_that_is_named_is_the_one_that_is_sent(fakes, tmp_path):
+    """Even the official key, elsewhere: it was said so. The judge's stays where it was."""
+    named = "--key-variable", "OPENAI_API_KEY", "--judge-key-variable", "LAB_SAMPLER_KEY"
+    assert run(tmp_path, "--base-url", fakes[0].url, "--judge-base-url", fakes[1].url, *named) == 0
+    assert keys(fakes[0]) == {"Bearer official-API_KEY"}
+    assert keys(fakes[1]) == {"Bearer secret-key"}
+
+
+def test_a_named_variable_that_is_not_set_is_an_error(fake, tmp_path, capsys):
+    assert run(tmp_path, "--base-url", fake.url, "--key-variable", "NO_SUCH_KEY") == 1
+    assert "NO_SUCH_KEY is not set" in capsys.readouterr().err and not fake.requests
+
+
+@pytest.mark.parametrize("path", ["/v1", "/v1/", ":443/v1"])
+def test_the_official_address_gets_the_official_key(fakes, path):
+    """With organisation and project, as the library sends them."""
+    client = Endpoint("m", f"https://api.openai.com{path}").client()
+    assert client.auth_headers == {"Authorization": "Bearer official-API_KEY"}
+    assert client.default_headers["OpenAI-Organization"] == "official-ORG_ID"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://api.openai.com/v1",
+        "https://api.openai.com:444/v1",
+        "https://api.openai.com.other.example/v1",
+        "https://other.example/api.openai.com/v1",
+        "https://API.OPENAI.COM.other.example/v1",
+    ],
+)
+def test_an_address_that_looks_official_gets_another_key(fakes, address):
+    service = Endpoint("m", address, plain_http=True)
+    assert service.variable == "LAB_SAMPLER_KEY"
+    assert service.client().auth_headers == {"Authorization": "Bearer secret-key"}
+
+
+def test_an_address_with_a_password_is_refused_unread(fakes, tmp_path, capsys):
+    """`https://api.openai.com@other.example` is a user name on another host."""
+    assert run(tmp_path, "--base-url", "https://api.openai.com:pass-word@other.example/v1") == 1
+    error = capsys.readouterr().err
+    assert "user name" in error and "pass-word" not in error
+
+
+def test_a_redirect_is_not_followed(fakes, tmp_path, capsys):
+    """Neither prompt nor key reaches the second server, and the message says what to do."""
+    away = f"http://localhost:{fakes[1].server.server_port}/v1/chat/completions"
+    fakes[0].answer = lambda body, number: (307, {"Location": away})
+    assert run(tmp_path, "--base-url", fakes[0].url) == 1
+    assert len(fakes[0].requests) == 1 and not fakes[1].requests
+    assert "sends the request elsewhere (status 307)" in capsys.readouterr().err
+
+
+def test_a_key_in_clear_text_needs_a_flag(fakes, tmp_path, monkeypatch, capsys):
+    """`model.example` stands for a machine in the network; its name leads to the server here."""
+    find = socket.getaddrinfo
+    here = lambda host, *rest, **names: find(  # noqa: E731
+        "127.0.0.1" if host in ("model.example", b"model.example") else host, *rest, **names
+    )
+    monkeypatch.setattr(socket, "getaddrinfo", here)
+    url = fakes[0].url.replace("127.0.0.1", "model.example")
+    assert run(tmp_path, "--base-url", url) == 1 and not fakes[0].requests
+    assert "clear text. Use https, or allow it with --allow-plain-http" in capsys.readouterr().err
+    assert run(tmp_path, "--base-url", fakes[1].url, "--judge-base-url", url) == 0  # has no key
+    assert keys(fakes[0]) == {"Bearer none"}
+    fakes[0].requests.clear()
+    assert run(tmp_path, "--base-url", url, "--allow-plain-http") == 0
+    assert keys(fakes[0]) == {"Bearer secret-key"}
+
+
+@pytest.mark.parametrize(
+    ("host", "safe"),
+    [
+        ("localhost", True),
+        ("127.0.0.1", True),
+        ("[::1]", True),
+        ("127.0.0.1.other.example", False),
+        ("localhost.other.example", False),
+        ("192.168.0.2", False),
+        ("[::ffff:192.168.0.2]", False),
+    ],
+)
+def test_only_this_machine_gets_a_key_over_plain_http(fakes, host, safe):
+    service = Endpoint("m", f"http://{host}:8000/v1")
+    if safe:
+        assert service.client().api_key == "secret-key"
+    else:
+        with pytest.raises(EndpointError, match="LAB_SAMPLER_KEY would .* clear text"):
+            service.client()
+
+
+def test_a_key_for_this_machine_passes_no_proxy(fakes, tmp_path, monkeypatch):
+    """A proxy for plain http would read it."""
+    monkeypatch.setenv("HTTP_PROXY", fakes[1].url)
+    monkeypatch.setenv("http_proxy", fakes[1].url)
+    assert run(tmp_path, "--base-url", fakes[0].url) == 0
+    assert len(fakes[0].requests) == 4 and not fakes[1].requests
 
 
 def test_a_cache_file_that_is_broken_is_asked_again(fake, tmp_path):
@@ -202,7 +360,7 @@ def test_rate_limits_are_waited_out(fake, tmp_path):
     ("found", "sentence"),
     [
         ((429, {"retry-after-ms": 1}), "takes no more requests .*Wait"),
-        ((401, {}), "refuses the key. Check OPENAI_API_KEY"),
+        ((401, {}), "refuses the key. Set LAB_SAMPLER_KEY, or name another variable with --key"),
         ((404, {}), "does not know the model 'sft'.* Check the model and --base-url"),
         ((400, {}), "refuses the request .status 400.* try --bare"),
         ((500, {"retry-after-ms": 1}), "fails .status 500, after 1 retries.. Try again later"),
@@ -321,5 +479,5 @@ def test_help_names_every_option(capsys):
     text = capsys.readouterr().out
     assert all(
         name in text
-        for name in ("--judge-model", "--base-url", "--cache", "OPENAI_API_KEY", "both orders")
+        for name in ("--judge-model", "--base-url", "--cache", "LAB_JUDGE_KEY", "both orders")
     )

@@ -91,7 +91,7 @@ def test_the_line_is_bounded_and_in_order():
         slots, order, go = Slots(2, 3), [], asyncio.Event()
 
         async def one(at):
-            async with slots.place():
+            async with slots.place("me"):
                 order.append(at)
                 await go.wait()
 
@@ -109,12 +109,52 @@ def test_the_line_is_bounded_and_in_order():
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+def test_where_places_are_shared_no_caller_has_more_than_half():
+    """Four places, six may wait, two callers. One sends ten requests: two run, three wait, five are
+    refused with the reason. The other one's next two run at once.
+    """
+
+    async def run():
+        slots, go = Slots(4, 6), asyncio.Event()
+        slots.shared = True
+
+        async def one(caller):
+            async with slots.place(caller):
+                await go.wait()
+
+        greedy = [asyncio.create_task(one("greedy")) for _ in range(10)]
+        while sum(task.done() for task in greedy) < 5:
+            await asyncio.sleep(0)
+        assert (slots.running, slots.waiting) == (2, 3)
+        others = [asyncio.create_task(one("other")) for _ in range(2)]
+        await asyncio.sleep(0.01)
+        assert (slots.running, slots.waiting) == (4, 3)
+        go.set()
+        results = await asyncio.gather(*greedy, *others, return_exceptions=True)
+        refused = [result for result in results if result]
+        assert len(refused) == 5 and (slots.running, slots.waiting) == (0, 0)
+        said = "2 requests of this key, which has half of the places, are running and 3 are waiting"
+        assert all(refusal.status == 429 and said in str(refusal) for refusal in refused)
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(("keys", "shared"), [("", False), (KEY, False), (f"{KEY},{KEY}2", True)])
+def test_places_are_shared_where_there_is_more_than_one_key(
+    model, tmp_path, monkeypatch, keys, shared
+):
+    monkeypatch.setenv("LAB_API_KEYS", keys)
+    gateway = gateway_of(options_of(model, tmp_path))
+    assert [engine.slots.shared for engine in gateway.engines.values()] == [shared]
+    gateway.store.close()
+
+
 def test_who_leaves_the_line_takes_no_place():
     async def run():
         slots, go = Slots(1, 5), asyncio.Event()
 
         async def one():
-            async with slots.place():
+            async with slots.place("me"):
                 await go.wait()
 
         tasks = [asyncio.create_task(one()) for _ in range(3)]

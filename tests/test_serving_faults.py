@@ -1,18 +1,15 @@
 """The gateway before a fake engine: what goes wrong, and what each side then sees."""
 
-import asyncio
 import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import httpx
 import pytest
 from openai import APIError, OpenAI
-from serving_tools import ASK, WORDS, FakeEngine, gateway, now, until
+from serving_tools import ASK, WORDS, FakeEngine, gateway, now, open_stream, until
 
-from deploy.serving.app import EventStream
 from deploy.serving.store import answers
 
 JSON = {"content-type": "application/json"}
@@ -46,18 +43,6 @@ def error_of(response: httpx.Response) -> dict:
     return error
 
 
-def open_stream(bench, **more) -> socket.socket:
-    """A streaming request on a bare socket, which a test can hang up."""
-    body = json.dumps({**ASK, "stream": True, **more}).encode()
-    host, port = bench.root.removeprefix("http://").split(":")
-    line = socket.create_connection((host, int(port)), timeout=20)
-    head = (
-        f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
-    )
-    line.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-    return line
-
-
 def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
     response = bench.post(json=ASK | {"max_tokens": 9, "temperature": 0.5})
     answer = response.json()
@@ -79,7 +64,7 @@ def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
     [
         (b"{", None, "Invalid JSON"),
         (b"[]", None, "one JSON object"),
-        (b"[" * 100_000, None, "recursion limit"),
+        (b"[" * 50_000, None, "recursion limit"),
         (b"\xff\xfe", None, "Invalid JSON"),
         (b"{}", "messages", "messages: Field required"),
         ({"messages": []}, "messages", "at least 1 item"),
@@ -90,6 +75,18 @@ def test_an_answer_passes_unchanged_and_is_recorded(bench, fake):
             "messages[0]",
             "text only",
         ),
+        *(
+            ({"messages": [{"role": "user", "content": content}]}, "messages[0]", said)
+            for content, said in (
+                ([{"type": "text", "text": ["a"]}], "text only"),
+                ([{"type": "text"}], "text only"),
+                ([{"type": ["text"], "text": "a"}], "text only"),
+                (["a"], "text only"),
+                ([["a"]], "text only"),
+                ({"text": "a"}, "valid string"),
+            )
+        ),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "messages[0]", "should be 'system'"),
         (ASK | {"max_tokens": -1}, "max_tokens", "from 1 to 1024, not -1"),
         (ASK | {"max_tokens": 0}, "max_tokens", "from 1 to 1024"),
         (ASK | {"max_tokens": 1.5}, "max_tokens", "valid integer, not 1.5"),
@@ -164,7 +161,7 @@ def test_a_body_of_10_megabytes_is_refused(shared, chunked):
         response = shared.post(content=parts if chunked else body, headers=JSON)
         assert (
             response.status_code == 413
-            and "larger than 1000000 bytes" in error_of(response)["message"]
+            and "larger than 64000 bytes" in error_of(response)["message"]
         )
     except (
         httpx.WriteError
@@ -247,62 +244,6 @@ def test_each_key_has_its_own_rate(tmp_path, fake):
             and 1 <= int(response.headers["retry-after"]) <= 20
         )
         assert bench.post(json=ASK, headers=theirs).status_code == 200
-
-
-@pytest.fixture
-def many_files():
-    """Both ends of 1,000 connections are in this process: more open files than many shells allow at
-    first.
-    """
-    resource = pytest.importorskip("resource")
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 4096 if hard == resource.RLIM_INFINITY else min(4096, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-
-
-@pytest.mark.more
-def test_a_thousand_requests_at_ten_times_the_capacity(tmp_path, many_files):
-    """Capacity: 10 running and 90 waiting. 1,000 arrive at once; each is answered, or refused at
-    once with 429.
-    """
-    fake = FakeEngine(seconds=0.02)
-    with gateway(tmp_path, fake, concurrency=10, queue=90, timeout=90) as bench:
-        before, most = resident_megabytes(), []
-
-        async def ask(client):
-            response = await client.post("/v1/chat/completions", json=ASK)
-            most.append(bench.slots.waiting)
-            return response
-
-        async def flood():
-            limits = httpx.Limits(max_connections=1000)
-            settings = {"base_url": bench.root, "timeout": 90, "limits": limits, "trust_env": False}
-            async with httpx.AsyncClient(**settings) as client:
-                return await asyncio.gather(*(ask(client) for _ in range(1000)))
-
-        responses = asyncio.run(flood())
-        statuses = [response.status_code for response in responses]
-        assert set(statuses) == {200, 429} and statuses.count(200) >= 100
-        assert all(int(r.headers["retry-after"]) >= 1 for r in responses if r.status_code == 429)
-        assert all(
-            r.json()["choices"][0]["message"]["content"] == "".join(WORDS)
-            for r in responses
-            if r.is_success
-        )
-        assert fake.most <= 10 and max(most) <= 90
-        assert (bench.slots.running, bench.slots.waiting) == (0, 0)
-        assert len(answers(bench.store)) == statuses.count(200) == fake.finished
-        assert (
-            resident_megabytes() - before < 150
-        )  # both sides of 1,000 connections, in this one process
-
-
-def resident_megabytes() -> float:
-    """Of this process, now."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().split("VmRSS:")[1].split()[0]) / 1e3 if status.exists() else 0.0
 
 
 @pytest.mark.parametrize("fault", ["cut", "error event", "nonsense", "endless line"])
@@ -463,7 +404,7 @@ def test_a_failing_store_loses_records_but_no_answers(tmp_path, fake):
     """A real SQLITE_FULL, from a limit of 16 pages: feedback is refused with 507, chat goes on."""
     with gateway(tmp_path, fake, max_bytes=16 * 4096) as bench:
         first = bench.post(json=ASK).json()["id"]
-        long = {"messages": [{"role": "user", "content": "x" * 100_000}]}
+        long = {"messages": [{"role": "user", "content": "x" * 60_000}]}
         assert bench.post(json=long).status_code == 200
         text = httpx.get(f"{bench.root}/metrics", trust_env=False).text
         assert "gateway_records_lost_total 1.0" in text
@@ -496,32 +437,3 @@ def test_a_body_that_does_not_come_is_given_up(tmp_path, fake):
             line.sendall(f"{head}Content-Type: application/json\r\n\r\n{{".encode())
             assert line.recv(4096).startswith(b"HTTP/1.1 408")
         assert bench.post(json=ASK).status_code == 200
-
-
-def test_a_client_that_does_not_read_is_cut_off_and_its_source_closed():
-    """A send that never returns, as towards a client with a full buffer."""
-    closed = []
-
-    async def source():
-        try:
-            yield "text"
-        finally:
-            closed.append(True)
-
-    async def events(pieces):
-        async for piece in pieces:
-            yield piece.encode()
-
-    async def stuck(message):
-        await asyncio.Event().wait()
-
-    async def run():
-        pieces = source()
-        await anext(pieces)
-        stream = EventStream(events(pieces), pieces, {}, seconds=0.05)
-        await asyncio.wait_for(
-            stream({"type": "http", "asgi": {"spec_version": "2.4"}}, stuck, stuck), 20
-        )
-
-    asyncio.run(run())
-    assert closed == [True]

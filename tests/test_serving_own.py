@@ -147,7 +147,9 @@ def test_without_unix_sockets_the_engine_wants_a_key(model, monkeypatch):
                 wrong = {"authorization": f"Bearer {engine.key[:-1]}"}
                 assert (await stranger.get("/health", headers=wrong)).status_code == 401
             request = own_engine.ChatRequest(**ASK, max_tokens=3)
-            pieces = [piece async for piece in engine.answer(request, time.monotonic() + 60)]
+            pieces = [
+                piece async for piece in engine.answer(request, time.monotonic() + 60, "local")
+            ]
             assert pieces[-1]["usage"]["completion_tokens"] == 3
             commands = Path(f"/proc/{engine.process.pid}/cmdline")
             assert not commands.exists() or engine.key not in commands.read_text()

@@ -15,9 +15,11 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 
+import httpx
 import openai
 
 from common.io.files import write_json, written_whole
@@ -25,7 +27,8 @@ from common.io.fingerprints import digest
 from common.io.formats import DataError, as_prompt, messages_of
 from common.io.tables import file_rows, local_files
 
-OFFICIAL = "https://api.openai.com/v1"
+OFFICIAL, OFFICIAL_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
+SAMPLER_KEY, JUDGE_KEY = "LAB_SAMPLER_KEY", "LAB_JUDGE_KEY"
 JUDGE = """\
 Below are a conversation and two answers to its last message. Which answer is better: more \
 helpful, more correct, and harmless? Do not prefer an answer because it is longer or comes first.
@@ -48,10 +51,11 @@ class EndpointError(RuntimeError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A model behind an API, with a folder of its replies. The key, from OPENAI_API_KEY, is written
-    nowhere.
+    """A model behind an API, with a folder of its replies. Its key is written nowhere.
 
-    `options` go to the API with each request: temperature, max_tokens, …
+    The key is read from the variable `key_variable`; without one, from OPENAI_API_KEY for OpenAI's
+    own address and from LAB_SAMPLER_KEY for any other. `options` go to the API with each request:
+    temperature, max_tokens, …
     """
 
     model: str
@@ -61,18 +65,61 @@ class Endpoint:
     # by the client, with growing pauses, after a lost connection, a time-out, 408, 409, 429 or 5xx
     retries: int = 5
     timeout: float = 120.0  # seconds a request
+    key_variable: str = ""
+    plain_http: bool = False  # a key may cross a network in clear text
+
+    @property
+    def url(self) -> httpx.URL:
+        """Raises: EndpointError."""
+        try:
+            url = httpx.URL(self.base_url)
+        except httpx.InvalidURL as error:
+            raise EndpointError(f"--base-url is no address: {error}.") from error
+        if url.userinfo:  # it would stand in every message
+            raise EndpointError("An address must hold no user name or password. Use a variable.")
+        return url
+
+    @property
+    def official(self) -> bool:
+        return (self.url.scheme, self.url.netloc) == ("https", b"api.openai.com")
+
+    @property
+    def variable(self) -> str:
+        return self.key_variable or (OFFICIAL_KEY if self.official else SAMPLER_KEY)
 
     def client(self) -> openai.OpenAI:
-        key = os.environ.get("OPENAI_API_KEY")
-        if not key and self.base_url == OFFICIAL:
+        """Sends the key of this service and nothing that is meant for another one.
+
+        Raises: EndpointError.
+        """
+        key = os.environ.get(self.variable)
+        if not key and self.variable not in (SAMPLER_KEY, JUDGE_KEY):
             raise EndpointError(
-                "OPENAI_API_KEY is not set. Set it, or name your own server with --base-url."
+                f"{self.variable} is not set. Set it, or name your own server with --base-url."
             )
+        try:
+            here = self.url.host == "localhost" or ip_address(self.url.host).is_loopback
+        except ValueError:  # another name
+            here = False
+        if key and not (self.url.scheme == "https" or here or self.plain_http):
+            raise EndpointError(
+                f"{self.base_url} is plain http: {self.variable} would cross the network in clear "
+                "text. Use https, or allow it with --allow-plain-http."
+            )
+        key, headers = key or "none", {}
+        if not self.official:  # the library adds these by itself
+            custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
+            names = [line.partition(":")[0].strip() for line in custom]
+            names += ["OpenAI-Organization", "OpenAI-Project"]
+            headers = dict.fromkeys(names, openai.Omit()) | {"Authorization": f"Bearer {key}"}
         return openai.OpenAI(
-            api_key=key or "none",
-            base_url=self.base_url,
+            api_key=key,
+            base_url=str(self.url),
             max_retries=self.retries,
             timeout=self.timeout,
+            default_headers=headers,
+            # A redirect would take the prompts elsewhere; a proxy is not for this machine.
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not here),
         )
 
     def ask(self, client: openai.OpenAI, messages: list[dict], number: int = 0) -> dict:
@@ -98,12 +145,14 @@ class Endpoint:
         after, status = f"after {self.retries} retries", getattr(error, "status_code", None)
         why = " ".join(str(error).split())[:200]
         kind = type(error).__name__
+        refused = f"refuses the key. Set {self.variable}, or name another variable with "
+        refused += "--key-variable or --judge-key-variable"
         # The first kind that fits, so the narrow ones come first. A time-out is no connection, too.
         problems = {
             openai.RateLimitError: f"takes no more requests (429, {after}). Wait, or lower "
             "--workers",
-            openai.AuthenticationError: "refuses the key. Check OPENAI_API_KEY",
-            openai.PermissionDeniedError: "refuses the key. Check OPENAI_API_KEY",
+            openai.AuthenticationError: refused,
+            openai.PermissionDeniedError: refused,
             openai.NotFoundError: f"does not know the model {self.model!r} or this path. Check the "
             "model and --base-url",
             openai.APIConnectionError: f"cannot be reached ({after}). Is the server running? Check "
@@ -114,6 +163,8 @@ class Endpoint:
             Exception: f"sends a reply that is no chat completion ({kind}). Check --base-url",
         }
         problem = next(text for known, text in problems.items() if isinstance(error, known))
+        if status and 300 <= status < 400:
+            problem = f"sends the request elsewhere (status {status}). Check --base-url"
         kept = "What was answered is kept: the same command goes on from there."
         return f"{self.base_url} {problem}. {kept}"
 
@@ -202,8 +253,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         prog="python -m tools.make_pairs",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="The key is read from OPENAI_API_KEY (a server of your own may need none). Then: "
-        "LAB_DATA=pairs.jsonl",
+        epilog=f"A key goes only to its own service: {OFFICIAL_KEY} to {OFFICIAL}, {SAMPLER_KEY} "
+        f"to any other server, {JUDGE_KEY} to a judge at another address than the model. A server "
+        "of your own may need none. Then: LAB_DATA=pairs.jsonl",
     )
     add, default = parser.add_argument, "default: %(default)s"
     add("prompts", type=Path, help="a .txt file, a prompt a line, or rows with a column prompt")
@@ -213,6 +265,9 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--base-url", default=url, help="default: OPENAI_BASE_URL, else %(default)s")
     add("--judge-model", help="default: the model itself (which favours its own style)")
     add("--judge-base-url", help="default: that of the model")
+    add("--key-variable", default="", help="environment variable of the key; default: see below")
+    add("--judge-key-variable", default="", help="the same for the judge")
+    add("--allow-plain-http", action="store_true", help="send keys in clear text to other machines")
     add("--temperature", type=float, default=1.0, help=f"of the two answers; {default}")
     add("--max-tokens", type=int, default=512, help=f"of an answer; {default}")
     bare = "send no temperature and limit: some models refuse them"
@@ -233,9 +288,15 @@ def main(arguments: list[str] | None = None) -> int:
     if given.bare:
         sampling, judging = {}, {}
     judge_model, judge_url = given.judge_model or given.model, given.judge_base_url
-    sampler = Endpoint(given.model, given.base_url, cache, sampling, given.retries)
-    judge = Endpoint(judge_model, judge_url or given.base_url, cache, judging, given.retries)
+    keys = {"key_variable": given.key_variable, "plain_http": given.allow_plain_http}
+    sampler = Endpoint(given.model, given.base_url, cache, sampling, given.retries, **keys)
+    judge = replace(sampler, model=judge_model, options=judging)
     try:
+        if judge_url and judge_url != given.base_url:
+            judge = replace(judge, base_url=judge_url)
+            judge = replace(judge, key_variable=OFFICIAL_KEY if judge.official else JUDGE_KEY)
+        if given.judge_key_variable:
+            judge = replace(judge, key_variable=given.judge_key_variable)
         if given.limit is not None and given.limit < 1:
             raise DataError("--limit must be at least 1.")
         prompts = read_prompts(given.prompts)[: given.limit]

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -18,6 +19,7 @@ import uvicorn
 from deploy.serving.app import build_app
 from deploy.serving.engine import Engine
 from deploy.serving.gateway import AUTO, Gateway
+from deploy.serving.guard import SERVER
 from deploy.serving.limits import Limits, is_loopback, read_keys
 from deploy.serving.own_engine import OwnEngine
 from deploy.serving.store import Store, StoreError, choose_arm
@@ -163,20 +165,26 @@ def main(arguments: list[str] | None = None) -> int:
         # asyncio sets this only where the socket names its protocol, which this one does not.
         # Without it the second packet of an answer waits for the client's acknowledgement: 40 ms.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if unread := getattr(socket, "TCP_USER_TIMEOUT", None):  # Linux: a client that never reads
+            listener.setsockopt(socket.IPPROTO_TCP, unread, 30_000)  # milliseconds
     except (OSError, ValueError, StoreError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     config = uvicorn.Config(
         build_app(gateway),
+        **SERVER,
         log_config=None,
         log_level="warning",
-        access_log=False,
+        server_header=False,
         lifespan="on",
         backlog=2048,
-        server_header=False,
         timeout_graceful_shutdown=int(options.timeout) + 1,
-        timeout_keep_alive=15,
     )
+    with suppress(ImportError, ValueError, OSError):  # Windows has no limit on open files
+        import resource
+
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # many shells begin at 1,024
     if options.end_with_parent:
         threading.Thread(target=_end_with_parent, daemon=True).start()
     host = f"[{options.host}]" if ":" in options.host else options.host

@@ -11,18 +11,17 @@ from fastapi import APIRouter, FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
 
 from deploy.serving.chat import ChatRequest, Feedback, read
 from deploy.serving.gateway import AUTO, CLIENT_GONE, Exchange, Gateway
+from deploy.serving.guard import Guard
 from deploy.serving.limits import Refusal
 from deploy.serving.store import StoreError, UnknownRequest, pseudonym
 
 router = APIRouter()
-
-
-class ClientGone(Exception):
-    """The client hung up before its answer began."""
+HUNG_UP = (CLIENT_GONE, "client_gone", "The client hung up.")  # nobody reads this refusal
 
 
 class EventStream(StreamingResponse):
@@ -44,7 +43,7 @@ class EventStream(StreamingResponse):
 
 
 async def while_connected(request: Request, work: Coroutine):
-    """The result of `work`, which is cancelled if the client hangs up first. Raises: ClientGone."""
+    """The result of `work`, which is cancelled if the client hangs up first: then a Refusal."""
 
     async def hung_up() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -54,7 +53,7 @@ async def while_connected(request: Request, work: Coroutine):
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
-            raise ClientGone
+            raise Refusal(*HUNG_UP)
         return task.result()
     finally:
         task.cancel()
@@ -65,18 +64,14 @@ async def while_connected(request: Request, work: Coroutine):
 async def read_body(request: Request, most: int, seconds: float) -> bytes:
     """The body of a JSON request, never more than `most` bytes of it.
 
-    Raises: Refusal (413); (408) if it has not come after `seconds`; and (415) for a form: any web
-        page may post a form to this machine, but no JSON. ClientGone if the client hangs up in the
-        middle.
+    Raises: Refusal (413); (408) if it has not come after `seconds`; (415) for what is no JSON.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         said = "Send JSON, with the header 'Content-Type: application/json'."
         raise Refusal(415, "unsupported_media_type", said)
     too_large = Refusal(413, "body_too_large", f"The body is larger than {most} bytes. Send less.")
-    announced, body = request.headers.get("content-length", ""), bytearray()
-    if announced.isdecimal() and int(announced) > most:
-        raise too_large
+    body = bytearray()
     try:
         async with asyncio.timeout(seconds):
             async for part in request.stream():
@@ -87,7 +82,7 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
         said = f"The body did not come within {seconds:g} s. Send it again."
         raise Refusal(408, "request_timeout", said) from None
     except ClientDisconnect:
-        raise ClientGone from None
+        raise Refusal(*HUNG_UP) from None
     return bytes(body)
 
 
@@ -97,7 +92,7 @@ def _gateway(request: Request) -> Gateway:
 
 
 async def body_of(request: Request, kind: type):
-    """The checked body of a request. Raises: Refusal, ClientGone."""
+    """The checked body of a request. Raises: Refusal."""
     limits = _gateway(request).limits
     return read(kind, await read_body(request, limits.body_bytes, limits.timeout), limits)
 
@@ -192,12 +187,9 @@ async def refused(request: Request, refusal: Refusal) -> JSONResponse:
 
 async def http_error(request: Request, error: HTTPException) -> JSONResponse:
     """What FastAPI itself refuses: an address or a method that is not there."""
-    path, code, said = request.url.path[:80], "error", str(error.detail)
-    if error.status_code == 404:
-        known = "POST /v1/chat/completions, GET /v1/models, POST /v1/feedback"
-        code, said = "not_found", f"No {path} here. See {known}."
-    elif error.status_code == 405:
-        code, said = "method_not_allowed", f"{path} does not take {request.method}."
+    known = "POST /v1/chat/completions, GET /v1/models, POST /v1/feedback"
+    said = f"No {request.method} {request.url.path[:80]} here. See {known}."
+    code = "not_found" if error.status_code == 404 else "method_not_allowed"
     return await refused(request, Refusal(error.status_code, code, said))
 
 
@@ -205,11 +197,6 @@ async def failed(request: Request, error: Exception) -> JSONResponse:
     """A fault of the gateway itself."""
     said = "The gateway failed on this request; its log says why."
     return await refused(request, Refusal(500, "internal_error", said))
-
-
-async def client_gone(request: Request, gone: ClientGone) -> Response:
-    """Nobody reads this; it ends the request."""
-    return Response(status_code=CLIENT_GONE)
 
 
 @asynccontextmanager
@@ -227,12 +214,13 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 def build_app(gateway: Gateway) -> FastAPI:
     """The app of one gateway."""
-    handlers = {ClientGone: client_gone, HTTPException: http_error, Exception: failed}
     app = FastAPI(
         title="Gateway",
+        middleware=[Middleware(Guard, any_host=bool(gateway.keys))],
+        redirect_slashes=False,  # it would redirect to whatever Host was sent
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False},
-        exception_handlers={Refusal: refused, **handlers},
+        exception_handlers={Refusal: refused, HTTPException: http_error, Exception: failed},
         **dict.fromkeys(("docs_url", "redoc_url", "openapi_url")),  # none of FastAPI's own pages
     )
     app.state.gateway = gateway

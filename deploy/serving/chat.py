@@ -21,9 +21,11 @@ def _join_parts(content):
     """A list of text parts as one text, joined by a space."""
     if not isinstance(content, list):
         return content
-    if any(not isinstance(part, dict) or part.get("type") != "text" for part in content):
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    texts = [part["text"] for part in parts if isinstance(part.get("text"), str)]
+    if len(texts) < len(content):
         raise ValueError("Every part should be text: this model reads text only")
-    return " ".join(str(part.get("text", "")) for part in content)
+    return " ".join(texts)
 
 
 def _only(neutral):

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -17,13 +16,6 @@ log = logging.getLogger("deploy.serving")
 LINE_LIMIT = 1_000_000  # bytes of one line from the engine; a longer one is nonsense
 USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 WATCH_SECONDS, HANG_SECONDS = 2.0, 30.0
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 async def whole_lines(response: httpx.Response, deadline: float) -> AsyncIterator[bytes]:
@@ -124,7 +116,9 @@ class Engine:
         own = {"model": self.name, "messages": request.messages, "max_tokens": tokens}
         return {**own, **request.options, **usage}
 
-    async def answer(self, request: ChatRequest, deadline: float) -> AsyncIterator[dict]:
+    async def answer(
+        self, request: ChatRequest, deadline: float, caller: str
+    ) -> AsyncIterator[dict]:
         """Pieces of the answer: {"text"} each, then {"reason", "usage"}.
 
         Closing the iterator cancels the work at the engine: a stream's everywhere, so that is what
@@ -138,7 +132,7 @@ class Engine:
         again += "It is being started again: send the request once more."
         broken = Refusal(502, "engine_failed", again, retry_after=1)
         try:
-            async with self.slots.place():
+            async with self.slots.place(caller):
                 body = self._body(*await self.prepare(request)) | {"stream": streams}
                 async with (
                     self._connected(body, deadline) as response,

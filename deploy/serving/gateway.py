@@ -10,13 +10,14 @@ import uuid
 from collections.abc import AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from urllib.parse import quote
 
 from fastapi import Request
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 
 from deploy.serving import chat
 from deploy.serving.engine import Engine
-from deploy.serving.limits import Limits, RateLimit, Refusal, caller, check_host
+from deploy.serving.limits import Limits, RateLimit, Refusal, caller
 from deploy.serving.store import Store, StoreError, choose_arm
 
 log = logging.getLogger("deploy.serving")
@@ -71,11 +72,11 @@ class Gateway:
     def __post_init__(self):
         self.rate, self.metrics = RateLimit(self.limits.requests_per_minute), Metrics(self.engines)
         self.started = int(time.time())
+        for engine in self.engines.values():
+            engine.slots.shared = len(self.keys) > 1
 
     def admit(self, request: Request, counted: bool = True) -> str:
-        """The caller's name. Raises: Refusal 401 (key), 403 (host), 429 (rate)."""
-        if not self.keys:
-            check_host(request.headers.get("host"))
+        """The caller's name. Raises: Refusal 401 (key), 429 (rate)."""
         name = caller(self.keys, request.headers.get("authorization"))
         if counted:
             self.rate.take(name)
@@ -125,7 +126,7 @@ class Exchange:
         self.head = {"id": self.id, "created": int(self.created), "model": self.model}
         self.headers = {
             "x-request-id": self.id,
-            "x-lab-model": self.model,
+            "x-lab-model": quote(self.model, safe="/:@"),  # a header is Latin-1 only
             "x-lab-assigned": str(self.assigned).lower(),
         }
 
@@ -136,7 +137,7 @@ class Exchange:
         engine = self.gateway.engines[self.model]
         deadline, written = self.started + self.gateway.limits.timeout, None
         try:
-            async with aclosing(engine.answer(self.request, deadline)) as answer:
+            async with aclosing(engine.answer(self.request, deadline, self.caller)) as answer:
                 async for piece in answer:
                     if "text" in piece:
                         if self.first_token_seconds is None:

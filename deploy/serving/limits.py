@@ -6,8 +6,9 @@ import hmac
 import ipaddress
 import math
 import time
+from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 SHORTEST_KEY = 16  # characters
@@ -31,7 +32,7 @@ class Refusal(Exception):
 class Limits:
     """What one gateway takes on. Times in seconds, sizes in bytes."""
 
-    body_bytes: int = 1_000_000
+    body_bytes: int = 64_000
     max_tokens: int = 1024  # of one answer; the default too, within the model's context
     requests_per_minute: int = 600  # per key; a minute's worth may come at once
     concurrency: int = 64  # requests at one model's engine at the same time
@@ -81,19 +82,6 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def check_host(header: str | None) -> None:
-    """Without keys, only requests addressed to this machine by name are served.
-
-    A web page can point its own domain at 127.0.0.1 (DNS rebinding); its `Host` header gives it
-    away. Raises: Refusal (403).
-    """
-    name, _, port = (header or "").rpartition(":")
-    host = name if port.isdigit() else header or ""
-    if not is_loopback(host):
-        said = f"Without API keys only 127.0.0.1 and localhost are served, not {host[:80]!r}."
-        raise Refusal(403, "unknown_host", said)
-
-
 class RateLimit:
     """A bucket of requests per key: it holds a minute's worth and fills up evenly. `clock` gives
     seconds.
@@ -116,30 +104,44 @@ class RateLimit:
 
 
 class Slots:
-    """Places at one engine, and a waiting line of bounded length: first come, first served."""
+    """Places at one engine, and a waiting line of bounded length: first come, first served.
+
+    Where it is `shared`, a caller has at most half of the places and half of the line.
+    """
 
     def __init__(self, running: int, waiting: int):
         self.free, self.places, self.longest = asyncio.Semaphore(running), running, waiting
         self.running = self.waiting = 0
         self.seconds = 1.0  # a request's usual time at the engine: a moving mean, for Retry-After
+        self.shared = False
+        self.shares = defaultdict(lambda: Slots(max(1, running // 2), waiting // 2))  # by caller
 
     @asynccontextmanager
-    async def place(self) -> AsyncIterator[None]:
+    async def place(self, caller: str) -> AsyncIterator[None]:
         """Holds a place, after waiting for one. Raises: Refusal (429) if the line is full."""
-        if self.free.locked() and self.waiting >= self.longest:
-            wait = max(1, math.ceil((self.waiting + 1) / self.places * self.seconds))
-            said = f"{self.running} requests are running and {self.waiting} are waiting."
-            raise Refusal(429, "queue_full", f"{said} Send it again in {wait} s.", retry_after=wait)
-        self.waiting += 1
-        try:
-            await self.free.acquire()
-        finally:
-            self.waiting -= 1
-        self.running += 1
-        start = time.monotonic()
-        try:
-            yield
-        finally:
-            self.running -= 1
-            self.seconds += 0.1 * (time.monotonic() - start - self.seconds)
-            self.free.release()
+        # Its own place comes first: who waits for that stands in nobody else's way.
+        lines = [self.shares[caller], self] if self.shared else [self]
+        for line in lines:
+            if line.free.locked() and line.waiting >= line.longest:
+                wait = max(1, math.ceil((line.waiting + 1) / line.places * line.seconds))
+                whose = " of this key, which has half of the places," if line is not self else ""
+                said = f"{line.running} requests{whose} are running and {line.waiting} are waiting."
+                raise Refusal(429, "queue_full", f"{said} Retry in {wait} s.", retry_after=wait)
+        async with AsyncExitStack() as held:
+            for line in lines:
+                line.waiting += 1
+            try:
+                for line in lines:
+                    await held.enter_async_context(line.free)
+            finally:
+                for line in lines:
+                    line.waiting -= 1
+            start = time.monotonic()
+            for line in lines:
+                line.running += 1
+            try:
+                yield
+            finally:
+                for line in lines:
+                    line.running -= 1
+                    line.seconds += 0.1 * (time.monotonic() - start - line.seconds)

@@ -5,13 +5,24 @@ It runs as a process of its own, listens on this machine only, and reports to no
 
 import argparse
 import os
+import re
+import socket
 from collections.abc import Iterator
 
 import httpx
-from openai import APIError, BadRequestError, OpenAI
+import uvicorn
+from fastapi import FastAPI
+from openai import APIError, OpenAI
+from starlette.middleware import Middleware
 
-from deploy.serving.engine import free_port
 from deploy.serving.gateway import AUTO
+from deploy.serving.guard import SERVER, Guard
+
+TOO_LONG = ("context_length_exceeded", "body_too_large")  # for the model, for the gateway
+OPEN_PATHS = re.compile(  # of Gradio's addresses; others take files, give files, or fetch
+    r"/|/(config|theme\.css|favicon\.ico|manifest\.json|robots\.txt)|/(assets|static|svelte)/.*"
+    r"|/gradio_api/(info|app_id|startup-events|cancel|reset|(queue|heartbeat)/.*)/?"
+)
 
 
 def answer(client: OpenAI, history: list[dict], user: str) -> Iterator[tuple[str, str]]:
@@ -30,12 +41,10 @@ def answer(client: OpenAI, history: list[dict], user: str) -> Iterator[tuple[str
                 text += event.choices[0].delta.content or "" if event.choices else ""
                 yield text.strip(), name
             return
-        except BadRequestError as error:
-            if error.code != "context_length_exceeded" or len(messages) < 3:
-                yield f"⚠ {error.body['message']}", ""
-                return
-            messages = messages[2:]
         except APIError as error:
+            if error.code in TOO_LONG and len(messages) > 2:
+                messages = messages[2:]
+                continue
             said = error.body.get("message") if isinstance(error.body, dict) else None
             yield f"{text}\n⚠ {said or 'The gateway does not answer. Is it running?'}".strip(), ""
             return
@@ -54,8 +63,8 @@ def rate(client: OpenAI, name: str, liked: bool, consent: bool) -> str:
     return f"Thank you. {use}"
 
 
-def build_page(gateway: str, key: str):
-    """The page, as Gradio blocks. `gateway` ends in /v1."""
+def build_page(gateway: str, key: str) -> FastAPI:
+    """The page as an app, for this machine alone. `gateway` ends in /v1."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
     import gradio as gr
 
@@ -82,36 +91,26 @@ def build_page(gateway: str, key: str):
         text.submit(say, [text, chat, names], [text, chat, names])
         chat.like(thumb, [names, consent], None)
         gr.Button("New chat").click(lambda: ([], {}), None, [chat, names])
-    return page
-
-
-def open_page(gateway: str, key: str, port: int, wait: bool = True) -> tuple[object, str]:
-    """Serves the page on 127.0.0.1; (the page, its address). With `wait` it returns only when it is
-    ended.
-    """
-    page = build_page(gateway, key)
-    _, address, _ = page.launch(
-        server_name="127.0.0.1",
-        server_port=port or free_port(),
-        share=False,
-        ssr_mode=False,
-        quiet=True,
-        footer_links=[],
-        prevent_thread_lock=not wait,
-        enable_monitoring=False,
-    )
-    return page, address
+    # Nobody else's web page may speak through this one: it holds the key.
+    guard = [Middleware(Guard, paths=OPEN_PATHS)]
+    app = FastAPI(middleware=guard, openapi_url=None, max_body_size=1_000_000)
+    settings = {"ssr_mode": False, "footer_links": [], "enable_monitoring": False}
+    return gr.mount_gradio_app(app, page, "/", server_name="127.0.0.1", **settings)
 
 
 def main() -> None:
     about, shown = __doc__.split("\n")[0], "(default: %(default)s)"
     parser = argparse.ArgumentParser("python -m deploy.serving.page", description=about)
     parser.add_argument("--gateway", default="http://127.0.0.1:8000/v1", help=shown)
-    parser.add_argument("--port", type=int, default=7860, help=shown)
+    parser.add_argument("--port", type=int, default=7860, help=f"0 for a free one {shown}")
     options = parser.parse_args()
-    address = f"http://127.0.0.1:{options.port}"
+    listener = socket.create_server(("127.0.0.1", options.port))
+    address = "http://{}:{}".format(*listener.getsockname())
     print(f"chat page on {address}; its key, if any, is read from LAB_API_KEY")
-    open_page(options.gateway, os.environ.get("LAB_API_KEY", ""), options.port)
+    app = build_page(options.gateway, os.environ.get("LAB_API_KEY", ""))
+    # A page in a browser never ends its connection: uvicorn would call each one an error.
+    own = SERVER | {"log_level": "critical", "timeout_graceful_shutdown": 1}
+    uvicorn.Server(uvicorn.Config(app, **own)).run(sockets=[listener])
 
 
 if __name__ == "__main__":

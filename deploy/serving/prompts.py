@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 
 from deploy.serving.folders import FolderError, check_folder, read_settings
 
-MEMORY = 2**31  # bytes of address space; about 200 MB are taken before a prompt comes
-SECONDS = 2.0  # of processor time for one prompt: a busy machine refuses nobody
-MOST_TEXT = 1_000_000  # characters of one prompt
+PROMPT_MEMORY = 2**31  # bytes of address space; about 200 MB are taken before a prompt comes
+PROMPT_SECONDS = 2.0  # of processor time for one prompt: a busy machine refuses nobody
+PROMPT_TEXT = 1_000_000  # characters of one prompt
 
 
 class PromptFormat:
@@ -62,26 +62,25 @@ class PromptFormat:
         except Exception as error:  # whatever a program can raise
             said = f"The model's chat template refuses these messages: {error or repr(error)}"
             raise ValueError(said[:300]) from error
-        if len(text) > MOST_TEXT:
-            raise ValueError(f"The model's chat template writes more than {MOST_TEXT} characters.")
+        if len(text) > PROMPT_TEXT:
+            raise ValueError(
+                f"The model's chat template writes more than {PROMPT_TEXT} characters."
+            )
         return text, len(tokenizer.encode(text, add_special_tokens=False))
 
 
-@cache
-def _loaded(folder: Path) -> PromptFormat:
-    form = PromptFormat(folder)
-    assert form._tools  # now: its time is not the template's
-    return form
+_format = cache(PromptFormat)
 
 
 def prompt_of(folder: Path, messages: list[dict]) -> tuple[str, int]:
     """`PromptFormat.prompt`, in a process that ends over a prompt that takes too long."""
-    form = _loaded(folder)
+    form = _format(folder)
+    assert form._tools  # loaded now: their time is not the template's
     with suppress(ImportError):  # Windows has no such limits
         import resource
 
         used, most = resource.getrusage(resource.RUSAGE_SELF), resource.RLIM_INFINITY
-        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-        end = math.ceil(used.ru_utime + used.ru_stime + SECONDS)
+        resource.setrlimit(resource.RLIMIT_AS, (PROMPT_MEMORY, PROMPT_MEMORY))
+        end = math.ceil(used.ru_utime + used.ru_stime + PROMPT_SECONDS)
         resource.setrlimit(resource.RLIMIT_CPU, (end, most))
     return form.prompt(messages)

@@ -14,7 +14,7 @@ import threading
 from functools import partialmethod
 from pathlib import Path
 
-from starlette.responses import PlainTextResponse
+from starlette.responses import PlainTextResponse, StreamingResponse
 
 SMALL = 50e6  # bytes of weights; below, more threads only get in each other's way
 # The gateway has rendered the model's own template: the engine runs no program of its folder.
@@ -39,35 +39,30 @@ def batching_options(context: int, cuda: bool) -> list[str]:
 
 
 def guarded(app, key: str):
-    """The engine's app for those who know its key. A request whose client hangs up is cancelled."""
+    """The engine's app, for those who know its key."""
 
     async def guard(scope, receive, send) -> None:
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if scope["type"] == "lifespan":
-            return await app(scope, receive, send)
-        if key and not hmac.compare_digest(given, f"Bearer {key}".encode()):
-            return await PlainTextResponse("Not for you.", 401)(scope, receive, send)
-        came = asyncio.Queue()
-
-        async def listen() -> None:
-            while (message := await receive())["type"] != "http.disconnect":
-                came.put_nowait(message)
-
-        tasks = [asyncio.ensure_future(one) for one in (app(scope, came.get, send), listen())]
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in tasks:
-            task.cancel()
+        known = scope["type"] == "lifespan" or hmac.compare_digest(given, f"Bearer {key}".encode())
+        await (app if known else PlainTextResponse("Not for you.", 401))(scope, receive, send)
 
     return guard
 
 
-async def stopped_with_its_task(self, *inputs, request_id: str, whole):
-    """`whole(…)`, which leaves the batch when it is cancelled: by itself only a stream does."""
-    try:
-        return await whole(self, *inputs, request_id=request_id)
-    except asyncio.CancelledError:
-        self._cb.cancel_request(request_id)
-        raise
+async def whole_answer(self, request_id: str, *inputs, gen_manager, written, **more):
+    """The answer that `written` gives, as a stream of one piece: `serve` stops no work but that of
+    a stream when its client hangs up.
+    """
+
+    async def pieces():
+        try:
+            answer = written(self, request_id, *inputs, gen_manager=gen_manager, **more)
+            yield (await answer).body
+        except asyncio.CancelledError:
+            gen_manager._cb.cancel_request(request_id)
+            raise
+
+    return StreamingResponse(pieces(), media_type="application/json")
 
 
 def main() -> None:
@@ -88,15 +83,16 @@ def main() -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
     import uvicorn
-    from transformers.cli.serving.utils import CBGenerateManager as Batch
+    from transformers.cli.serving.chat_completion import ChatCompletionHandler as Chat
     from transformers.cli.transformers import app  # not its `main`, which looks for updates first
 
-    cuda = torch.cuda.is_available()
-    batching = batching_options(options.context, cuda) if options.batching else []
     # `serve` makes its own server, and has no options for these.
-    config, whole = uvicorn.Config, Batch.generate_non_streaming
-    Batch.generate_non_streaming = partialmethod(stopped_with_its_task, whole=whole)
-    uvicorn.Config = lambda app, **others: config(guarded(app, key), **others)
+    batching, config = [], uvicorn.Config
+    if options.batching:
+        batching = batching_options(options.context, torch.cuda.is_available())
+        Chat._non_streaming = partialmethod(whole_answer, written=Chat._non_streaming)
+    if key:
+        uvicorn.Config = lambda app, **others: config(guarded(app, key), **others)
     uvicorn.Server.run = partialmethod(uvicorn.Server.run, sockets=[listener])
     app(["serve", "model", "--chat-template-kwargs", AS_IT_IS, *batching])
 
