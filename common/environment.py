@@ -16,6 +16,7 @@ from common.io.pretrained import PACKAGED, model_folder
 
 Line = tuple[str, str]
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+TESTED = REQUIREMENTS.with_name("constraints.txt")
 # GB of memory and of disk that all notebooks need (estimates). They leave about 30 models: 0.5 GB
 # each for GPT-2, 2 GB for Qwen2.5-0.5B in float32. A 7B model takes 14.5 GB in 16 bit: in memory
 # once, while an adapter is merged; on disk for the hub's copy and for seven stages. The sweeps
@@ -38,7 +39,7 @@ def python_line(version: tuple[int, ...] = sys.version_info[:3]) -> Line:
 
 
 def read_pins(path: Path = REQUIREMENTS) -> dict[str, str]:
-    """Package name → pinned version, from requirements.txt or else from the installed `common`."""
+    """Package name → pinned version, from a file or else from the installed `common`."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
     else:
@@ -68,6 +69,16 @@ def package_lines(pins: dict[str, str]) -> list[Line]:
     if not installed("common"):
         lines.append(("FIX", "the notebooks cannot import common: python -m pip install -e ."))
     return lines
+
+
+def moved_lines(tested: dict[str, str]) -> list[Line]:
+    """Packages that others bring along, and that are not the version that was tested."""
+    versions = {name: installed(name) for name in tested}
+    moved = [f"{name} {has}" for name, has in versions.items() if has not in (None, tested[name])]
+    shown = ", ".join(moved[:5]) + (", …" if len(moved) > 5 else "")
+    remedy = "python -m pip install -c constraints.txt -r requirements.txt"
+    text = f"not the version that was tested: {shown}; to get it: {remedy}"
+    return [("NOTE", text)] if moved else []
 
 
 def nvidia_gpus() -> list[str]:
@@ -138,7 +149,9 @@ def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) ->
 
 def all_lines() -> list[Line]:
     """Every check of this machine, as far as it can go."""
-    lines = [python_line(), *package_lines(read_pins())]
+    pins, tested = read_pins(), read_pins(TESTED)
+    lines = [python_line(), *package_lines(pins)]
+    lines += moved_lines({name: tested[name] for name in tested if name not in pins})
     try:
         import psutil
         import torch
