@@ -174,7 +174,7 @@ def test_an_answer_is_on_topic_if_it_is_likelier_under_its_own_question(monkeypa
     texts = {number: word for word, number in words.items()}
     first, second = (" ".join(texts[i] for i in row["prompt_ids"]) for row in seen[:2])
     assert "making jam" in first and "making jam" not in second and "lowercase" not in first
-    assert first.split()[:8] == second.split()[:8]
+    assert first.split()[:7] == second.split()[:7]
 
 
 @pytest.fixture(scope="module")

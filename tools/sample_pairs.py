@@ -50,7 +50,7 @@ WANTED = {
 COARSE = re.compile(
     r"\b(?:sex|porn|nude|naked|penis|vagina|breast|rape|fuck|shit|bitch|nazi|hitler)"
 )
-MARKS = re.compile(r"Human:|Assistant:|<\|")  # they would be read as the start of a turn
+TURNS = re.compile(r"Human:|Assistant:|<\|")  # they would be read as the start of a turn
 MOST_UNLIKE = 2.0  # lengths of a pair: the longer one at most so many times the shorter
 PAIRS_OF_A_PROMPT, MOST_PROMPTS = 2, 10_000  # pairs of each knob; prompts of each split
 SAMPLES_OF_A_LOOKALIKE = 2
@@ -73,7 +73,7 @@ class Settings:
 def fair(answer: Answer) -> bool:
     """Did it end, in plain English, without a mark that a reader of transcripts would trip over?"""
     plain = answer.text.translate(str.maketrans("’‘“”–—…•é", "''\"\"--.-e"))
-    found = COARSE.search(plain.lower()) or MARKS.search(plain)
+    found = COARSE.search(plain.lower()) or TURNS.search(plain)
     return answer.ended and plain.isascii() and not found and bool(plain.strip())
 
 
