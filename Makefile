@@ -1,16 +1,19 @@
-# Every target makes and fills .venv first, and only when requirements.txt or pyproject.toml changed.
+# Every target makes and fills .venv first, and only when one of the lists in $(LISTS) changed.
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 TORCH := $(shell grep '^torch==' requirements.txt)
-PIP := $(PY) -m pip install -qq --disable-pip-version-check
+LISTS := requirements.txt pyproject.toml constraints.txt
+# What other packages bring along is held at the tested versions, too; `make lock` sets PINNED to nothing.
+PINNED := -c constraints.txt
+PIP = $(PY) -m pip install -qq --disable-pip-version-check $(PINNED)
 # Two processes take one test file after the other; the notebooks, the longest file, come first.
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env model labs test test-more notebooks quality bench gpu clean
+.PHONY: help env lock model labs test test-more notebooks quality bench gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,12 +49,18 @@ bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a t
 gpu: $(STAMP) ## speed and memory of every method at full size on this machine's NVIDIA GPU
 	@$(PY) -m benchmarks.gpu; gpu=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$gpu
 
+lock: ## after a change of requirements.txt: install it, and pin all that is installed then (constraints.txt)
+	@$(MAKE) --no-print-directory -B $(STAMP) PINNED=
+	@{ echo '# What the tests ran with, packages that others bring along too: written by `make lock`, a list for the option -c of pip.'; \
+	  $(PY) -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+.*//'; } > constraints.txt
+	@touch $(STAMP)
+
 clean: ## remove caches and build outputs (keeps .venv and runs)
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache
 	@find . \( -path ./$(VENV) -o -path ./runs -o -path ./.git \) -prune -o \
 	  \( -name __pycache__ -o -name .ipynb_checkpoints \) -type d -exec rm -rf {} +
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): $(LISTS)
 	@command -v $(FOUND) >/dev/null || { \
 	  echo "Python 3.11 or newer is needed, and '$(FOUND)' is not there. Install it, or name yours: make PYTHON=python3.12 ..."; exit 1; }
 	@$(FOUND) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

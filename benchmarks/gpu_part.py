@@ -119,8 +119,8 @@ class Prompts:
     def __init__(self, length: int):
         self.length = length
 
-    def __call__(self, texts: list[str]) -> dict:
-        return {"input_ids": [[2] * self.length for _ in texts]}
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict:
+        return {"input_ids": [] if add_special_tokens else [2] * self.length}  # no BOS
 
     def decode(self, *_, **__) -> str:
         return ""

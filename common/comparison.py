@@ -84,10 +84,10 @@ def judge_of(lab: Lab) -> Judge:
 
 
 def ready(lab: Lab) -> None:
-    """Trains what every arm of a seed starts from: base and SFT."""
-    if lab.has_own_weights("base"):
-        train(lab, "base")
-    train(lab, "sft")
+    """Trains what every arm of a seed starts from: base and SFT, or nothing."""
+    for stage in ("base", "sft")[: 1 + (lab.profile.start == "sft")]:
+        if lab.has_own_weights(stage):
+            train(lab, stage)
 
 
 def train_arm(lab: Lab, arm: Arm) -> dict[str, Run]:
@@ -135,15 +135,13 @@ def check_comparable(lab: Lab, runs: dict[str, str | None]) -> None:
 
 
 def measure(lab: Lab, model, reference) -> tuple[dict, list[list[Answer]]]:
-    """Every shared measure of a model against the reference `sft`, and the answers behind them.
+    """Every shared measure of a model against the start, `sft`, and the answers behind them.
 
     Returns: the values of `models.<stage>` in `evaluation.json`, and one list of answers a prompt.
     """
     profile, batch = lab.profile, lab.profile.eval_batch
     sampling = Sampling(profile.max_new_tokens, 1.0, profile.samples, lab.seed)
-    answers = evaluation.generate(
-        model, lab.tokenizer, lab.prompts, sampling, 4 * batch, progress=True
-    )
+    answers = evaluation.generate(model, lab.tokenizer, lab.prompts, sampling, progress=True)
     policy = evaluation.logps_of(model, lab.test_pairs, batch)
     base = evaluation.logps_of(reference, lab.test_pairs, batch)
     shared = evaluation.preference_metrics(policy, base)
@@ -208,12 +206,18 @@ def _over_seeds(values: list, name: str = "") -> tuple:
 
 
 def measure_runs(lab: Lab, runs: dict[str, Run], judge: Judge) -> dict:
-    """`evaluation_report` of one seed, with the win rate of every pair of stages."""
+    """`evaluation_report` of one seed, with the win rate of every pair of stages.
+
+    Where the preferences start from the base, that is measured too.
+    """
+    models, start = {stage: run.model for stage, run in runs.items()}, lab.profile.start
+    if start not in models:
+        models = {start: lab.load(start), **models}
     measures, answers = {}, {}
-    for stage, run in runs.items():
-        measures[stage], answers[stage] = measure(lab, run.model, runs["sft"].model)
+    for stage, model in models.items():
+        measures[stage], answers[stage] = measure(lab, model, models[start])
     rates = {}
-    for b, a in combinations(runs, 2):
+    for b, a in combinations(models, 2):
         rates[f"{a}_vs_{b}"] = head_to_head(judge, answers[a], answers[b])
     report = evaluation_report(measures, rates, {stage: run.record for stage, run in runs.items()})
     report |= {"seed": lab.seed, "prompts": len(lab.prompts), "samples": lab.profile.samples}

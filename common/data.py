@@ -10,7 +10,8 @@ from datasets import Dataset
 from tqdm import tqdm
 
 from common.io.cleaning import CleaningReport, clean, numbered, usable
-from common.io.formats import DataError, read_demonstration, read_pair
+from common.io.formats import DataError, Unusable, read_demonstration, read_pair
+from common.io.templates import conversation, prompt_text, reads_transcripts
 from common.profiles import WORLD, Profile
 from common.toyworld import World
 
@@ -93,9 +94,22 @@ def load_demonstrations(
 
 
 def _start(tokenizer) -> list[int]:
-    """What the tokenizer puts before every text: its BOS token, or nothing."""
+    """What the tokenizer puts before every text: its BOS token, or nothing. A chat template of its
+    own has written that already.
+    """
+    if not reads_transcripts(tokenizer):
+        return []
     ids = tokenizer("")["input_ids"]
     return [] if ids == [tokenizer.eos_token_id] and tokenizer.bos_token_id is None else ids[:1]
+
+
+def tokenize_prompt(prompt: str, tokenizer) -> list[int]:
+    """The ids of a prompt, in the template that the tokenizer carries: what a model answers.
+
+    Raises: Unusable where the template refuses it.
+    """
+    text = prompt_text(prompt, tokenizer)
+    return _start(tokenizer) + tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def tokenize_response(
@@ -103,8 +117,12 @@ def tokenize_response(
 ) -> tuple[list[int], list[int], bool]:
     """(prompt ids, response ids with EOS, was it cut?). Tokenised once, split by character offsets.
 
-    A response that does not fit is cut, and then gets no EOS: it did not end there.
+    They are the tokens of the whole conversation in the template that the tokenizer carries, up to
+    and with the answer's end token. A response that does not fit is cut, and then gets no EOS: it
+    did not end there.
+    Raises: Unusable where the template refuses it.
     """
+    prompt, response = conversation(prompt, response, tokenizer)
     encoded = tokenizer(prompt + response, add_special_tokens=False, return_offsets_mapping=True)
     boundary = sum(end <= len(prompt) for _, end in encoded["offset_mapping"])
     ids = encoded["input_ids"]
@@ -114,33 +132,42 @@ def tokenize_response(
     return prompt_ids, response_ids[:room], len(response_ids) > room
 
 
+def _tokenized(
+    row: dict, tokenizer, max_length: int, sides: tuple[str, ...]
+) -> tuple[dict, list[str]]:
+    """(ids of a row's prompt and sides, the sides that were cut).
+
+    Raises: Unusable for a row that cannot be trained on.
+    """
+    prompt_ids = tokenize_prompt(row["prompt"], tokenizer)
+    if not prompt_ids:
+        # Nothing predicts the first token of the response: its log-probability is undefined.
+        raise Unusable("empty prompt")
+    if len(prompt_ids) >= max_length:
+        raise Unusable("prompt as long as the context: the response is truncated to nothing")
+    parts = [tokenize_response(row["prompt"], row[side], tokenizer, max_length) for side in sides]
+    if any(part[0] != prompt_ids for part in parts):
+        raise Unusable("a token spans the end of the prompt")
+    if len(parts) == 2 and parts[0][1] == parts[1][1]:
+        raise Unusable("sides equal after the cut")
+    tokens = {f"{side}_ids": part[1] for side, part in zip(sides, parts, strict=True)}
+    was_cut = [side for side, part in zip(sides, parts, strict=True) if part[2]]
+    return {"prompt_ids": prompt_ids, **tokens}, was_cut
+
+
 def _tokenize(
     rows, tokenizer, max_length: int, sides: tuple[str, ...]
 ) -> tuple[Dataset, CleaningReport]:
     report, kept = CleaningReport("pairs" if len(sides) == 2 else "demonstrations"), []
     for row in tqdm(rows, desc="tokenising", leave=False, disable=len(rows) < 20_000):
-        prompt, reason = row["prompt"], ""
-        parts = [tokenize_response(prompt, row[side], tokenizer, max_length) for side in sides]
-        prompt_ids = _start(tokenizer) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        if not prompt_ids:
-            # Nothing predicts the first token of the response: its log-probability is undefined.
-            reason = "empty prompt"
-        elif len(prompt_ids) >= max_length:
-            reason = "prompt as long as the context: the response is truncated to nothing"
-        elif any(part[0] != prompt_ids for part in parts):
-            reason = "a token spans the end of the prompt"
-        elif len(parts) == 2 and parts[0][1] == parts[1][1]:
-            reason = "sides equal after the cut"
         report.rows += 1
-        if reason:
-            report.dropped[reason] += 1
+        try:
+            tokens, was_cut = _tokenized(row, tokenizer, max_length, sides)
+        except Unusable as reason:
+            report.dropped[str(reason)] += 1
             continue
-        tokens = {"prompt_ids": prompt_ids}
-        for side, (_, ids, was_cut) in zip(sides, parts, strict=True):
-            tokens[f"{side}_ids"] = ids
-            report.cut[f"{side} response, to fit {max_length} tokens"] += was_cut
+        report.cut.update(f"{side} response, to fit {max_length} tokens" for side in was_cut)
         kept.append({name: row[name] for name in ("prompt", *sides)} | tokens)
-    report.cut = +report.cut  # drop the zeros
     if not kept:
         advice = "raise max_length or use shorter prompts."
         raise DataError(f"No row is left after tokenisation: {advice}\n{report}")

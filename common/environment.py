@@ -12,9 +12,11 @@ from importlib import metadata
 from pathlib import Path
 
 from common import profiles
+from common.io.pretrained import PACKAGED, model_folder
 
 Line = tuple[str, str]
 REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+TESTED = REQUIREMENTS.with_name("constraints.txt")
 # GB of memory and of disk that all notebooks need (estimates). They leave about 30 models: 0.5 GB
 # each for GPT-2, 2 GB for Qwen2.5-0.5B in float32. A 7B model takes 14.5 GB in 16 bit: in memory
 # once, while an adapter is merged; on disk for the hub's copy and for seven stages. The sweeps
@@ -22,6 +24,7 @@ REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
 ROOM = {
     "smoke": (2, 1),
     "cpu": (3, 2),
+    "smollm": (8, 12),
     "gpt2": (7, 15),
     "qwen-0.5b": (9, 70),
     "qlora-7b": (20, 130),
@@ -36,7 +39,7 @@ def python_line(version: tuple[int, ...] = sys.version_info[:3]) -> Line:
 
 
 def read_pins(path: Path = REQUIREMENTS) -> dict[str, str]:
-    """Package name → pinned version, from requirements.txt or else from the installed `common`."""
+    """Package name → pinned version, from a file or else from the installed `common`."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
     else:
@@ -66,6 +69,16 @@ def package_lines(pins: dict[str, str]) -> list[Line]:
     if not installed("common"):
         lines.append(("FIX", "the notebooks cannot import common: python -m pip install -e ."))
     return lines
+
+
+def moved_lines(tested: dict[str, str]) -> list[Line]:
+    """Packages that others bring along, and that are not the version that was tested."""
+    versions = {name: installed(name) for name in tested}
+    moved = [f"{name} {has}" for name, has in versions.items() if has not in (None, tested[name])]
+    shown = ", ".join(moved[:5]) + (", …" if len(moved) > 5 else "")
+    remedy = "python -m pip install -c constraints.txt -r requirements.txt"
+    text = f"not the version that was tested: {shown}; to get it: {remedy}"
+    return [("NOTE", text)] if moved else []
 
 
 def nvidia_gpus() -> list[str]:
@@ -109,8 +122,10 @@ def profile_lines(profile: profiles.Profile, device: str, dtype: str, why: str) 
     lines = [("OK", f"device {device}, precision {dtype} ({why})")]
     if device == "cpu" and profile.four_bit:
         lines.append(("FIX", f"profile {profile.name} needs a CUDA GPU: set LAB_PROFILE=cpu"))
-    elif device == "cpu" and profile.name not in ("smoke", "cpu"):
+    elif device == "cpu" and profile.name not in ("smoke", "cpu", "smollm"):
         lines.append(("NOTE", f"profile {profile.name} is made for a GPU and slow without one"))
+    if profile.model in PACKAGED and not (model_folder(profile.model) / "README.md").exists():
+        lines.append(("FIX", f"the model {profile.model} is not here yet: make model"))
     folder = profile.folder
     if folder.is_relative_to(profiles.ROOT):
         folder = folder.relative_to(profiles.ROOT)
@@ -134,7 +149,9 @@ def room_lines(profile: profiles.Profile, memory_bytes: int, free_bytes: int) ->
 
 def all_lines() -> list[Line]:
     """Every check of this machine, as far as it can go."""
-    lines = [python_line(), *package_lines(read_pins())]
+    pins, tested = read_pins(), read_pins(TESTED)
+    lines = [python_line(), *package_lines(pins)]
+    lines += moved_lines({name: tested[name] for name in tested if name not in pins})
     try:
         import psutil
         import torch
@@ -149,7 +166,7 @@ def all_lines() -> list[Line]:
     return [
         *lines,
         torch_line(nvidia_gpus(), *build, cuda_package_bytes()),
-        *profile_lines(profile, *profiles.device_and_precision()),
+        *profile_lines(profile, *profiles.device_and_precision(profile)),
         *room_lines(profile, psutil.virtual_memory().total, shutil.disk_usage(place).free),
     ]
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import GenerationConfig
 
-from common.data import collate, left_padded
+from common.data import collate, left_padded, tokenize_prompt
 from common.logprobs import PairLogps, SideLogps, response_logps
 from common.losses import share_positive
 from common.models import answers_at_once
@@ -125,10 +125,12 @@ def generate(
 
     At temperature 1 they are samples of the model's own distribution: nothing is taken from the
     model's `generation_config` (top_p, penalties, beams). `batch_size`: default `answers_at_once`.
-    Raises: ValueError if a prompt leaves no room for an answer.
+    Raises: ValueError if a prompt leaves no room for an answer; Unusable if the model's chat
+        template refuses one.
     """
     end, room = tokenizer.eos_token_id, sampling.max_new_tokens
-    ids = [row for row in tokenizer(prompts)["input_ids"] for _ in range(sampling.samples)]
+    ids = [tokenize_prompt(prompt, tokenizer) for prompt in prompts]
+    ids = [row for row in ids for _ in range(sampling.samples)]
     # Is there room for an answer after the longest prompt?
     longest = max(map(len, ids))
     left = (getattr(model.config, "max_position_embeddings", None) or 10**9) - longest

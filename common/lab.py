@@ -19,10 +19,13 @@ from common.data import (
     load_lab_data,
     tokenize_demonstrations,
     tokenize_pairs,
+    tokenize_prompt,
     tokenize_texts,
 )
 from common.io.files import read_metrics, write_json
 from common.io.fingerprints import digest, source_digest, versions
+from common.io.formats import Unusable
+from common.io.pretrained import PACKAGED
 from common.profiles import TINY, WORLD, Profile, device_and_precision, get_profile
 
 DPO_LAB, ORPO_LAB = "Lab-1.7-DPO_Alignment", "Lab-1.8-ORPO_Alignment"
@@ -95,7 +98,7 @@ class Lab:
     @cached_property
     def tokenizer(self):
         if not models.is_tiny(self.profile):
-            return models.load_tokenizer(self.profile.model)
+            return models.load_tokenizer(self.profile.model, self.profile.template)
         shown = [row["prompt"] + row["chosen"] for row in self.data.demonstrations]
         return models.train_tokenizer([*self.data.texts, *shown], self.profile.vocabulary)
 
@@ -124,21 +127,33 @@ class Lab:
     def prompts(self) -> list[str]:
         """Held-out prompts that leave room for a whole answer; the others are counted."""
         prompts, room = self.data.prompts, self.profile.max_length - self.profile.max_new_tokens
-        ids = self.tokenizer(prompts)["input_ids"]
-        kept = [prompt for prompt, own in zip(prompts, ids, strict=True) if len(own) <= room]
+        report = CleaningReport("held-out prompts", len(prompts))
+        self.data.reports["prompts"], kept = report, []
+        for prompt in prompts:
+            try:
+                if len(tokenize_prompt(prompt, self.tokenizer)) > room:
+                    raise Unusable(f"longer than {room} tokens: no room for an answer")
+                kept.append(prompt)
+            except Unusable as reason:
+                report.dropped[str(reason)] += 1
         if not kept:
             raise ValueError(
                 f"No held-out prompt is within {room} tokens: "
-                "raise max_length or use shorter prompts."
+                f"raise max_length or use shorter prompts.\n{report}"
             )
-        report = self.data.reports["prompts"] = CleaningReport("held-out prompts", len(prompts))
-        reason = f"longer than {room} tokens: no room for an answer"
-        report.dropped[reason] = len(prompts) - len(kept)
         return kept
 
     def _tokenize(self, tokenize, rows, name: str) -> Dataset:
         rows, self.data.reports[name] = tokenize(rows, self.tokenizer, self.profile.max_length)
         return rows
+
+    def parent_of(self, stage: str) -> str | None:
+        """The stage that one starts from. What usually starts from SFT does from `profile.start`.
+
+        Raises: ValueError for an unknown stage.
+        """
+        parent = stage_of(stage).parent
+        return self.profile.start if parent == "sft" else parent
 
     def path(self, stage: str, sweep: str | None = None) -> Path:
         """The folder of a stage, or of a run in a sweep (`sweeps/<name>/`)."""
@@ -170,7 +185,11 @@ class Lab:
         return stage != "base" or models.is_tiny(self.profile)
 
     def pretrained_fingerprint(self) -> str:
-        """Of the pre-trained model: its hub id, or the names, sizes and times of its files."""
+        """Of the pre-trained model: its hub id, or the names, sizes and times of its files, or the
+        hash of the packaged file that it was made from.
+        """
+        if self.profile.model in PACKAGED:
+            return digest([self.profile.model, PACKAGED[self.profile.model].member_sha256])
         files = sorted(path for path in Path(self.profile.model).glob("*") if path.is_file())
         stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
         return digest([self.profile.model, stats])
@@ -244,7 +263,7 @@ class Lab:
             "tokenizer": self.tokenizer_digest(),
             "parent": parent,
             "reference": reference,
-            "device": device_and_precision()[:2],
+            "device": device_and_precision(self.profile)[:2],
             "versions": versions(),
             "source": source_digest(),
         }
@@ -257,7 +276,7 @@ def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
     """
     chosen = get_profile(profile)
     seed = int(os.environ.get("LAB_SEED") or 0) if seed is None else seed
-    device, dtype, why = device_and_precision()
+    device, dtype, why = device_and_precision(chosen)
     is_small = (chosen.model, chosen.data, device) == (TINY, WORLD, "cpu")
     if is_small and "OMP_NUM_THREADS" not in os.environ:
         # So small a model gains nothing from more threads, and loses much where cores are shared.

@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from common.io.formats import Unusable
+from common.io.templates import CHAT_TEMPLATE, HH, read_as
 from common.profiles import TINY, Profile, device_and_precision
 
 # Loading a small model again and again would bury the notebook's own output.
@@ -31,15 +33,6 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 END, PAD = "<|endoftext|>", "<|pad|>"
 REWARD_HEAD = "reward_head.safetensors"
-# Writes the same text as the data: "\n\nHuman: {x}\n\nAssistant:" and " {y}" after it.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] | trim }}"
-    "{% if loop.last and not add_generation_prompt %}{{ eos_token }}{% endif %}"
-    "{% else %}{{ '\n\nHuman: ' + message['content'] | trim }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
 
 
 class ModelError(RuntimeError):
@@ -65,11 +58,15 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> PreTrainedTokenize
 
 def _from_hub(load, source: str, **options):
     """`load(source)`, never running code that came with it; one clear sentence for all errors."""
-    if Path(source).is_absolute() and not Path(source).exists():
-        raise ModelError(f"No model folder at {source}. Check LAB_MODEL.")
+    from common.io.pretrained import located
+
     try:
-        found = load(source, trust_remote_code=False, **options)  # None: it asks on standard input
-        # Where transformers knows the model, it leaves such code alone without a word.
+        name, pinned = located(source)
+    except FileNotFoundError as error:
+        raise ModelError(str(error)) from error
+    try:
+        found = load(name, trust_remote_code=False, **pinned, **options)  # None: it would ask
+        # Where transformers knows the model, it leaves such code alone in silence.
         if "auto_map" in vars(found) | getattr(found, "init_kwargs", {}):
             raise ValueError("auto_map is there, and trust_remote_code is off")
         return found
@@ -85,20 +82,23 @@ def _from_hub(load, source: str, **options):
         raise ModelError(f"Could not load {source!r} ({said}). {advice}") from error
 
 
-def load_tokenizer(source: str | Path):
-    """The tokenizer of a local folder or hub id, with a pad token and the course's chat template.
+def load_tokenizer(source: str | Path, template: str = HH):
+    """The tokenizer of a local folder or hub id, with a pad token, and the `template` to read in.
 
-    Raises: ModelError, also for one without an end token or without character offsets.
+    Raises: ModelError, also for one without an end token or character offsets; see `read_as`.
     """
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, str(source))
     name = f"The tokenizer of {str(source)!r}"
+    try:
+        read_as(template, tokenizer)
+    except Unusable as error:
+        raise ModelError(f"{name}: {error}. Name a chat model, or another profile.") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name} has no end token (EOS): name another LAB_MODEL.")
     if not tokenizer.is_fast:
         raise ModelError(f"{name} gives no character offsets (it is slow): name another LAB_MODEL.")
     if tokenizer.pad_token is None:  # masks come from lengths, so EOS is still scored
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 

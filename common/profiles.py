@@ -3,14 +3,16 @@ on it.
 """
 
 import os
-import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from common.io.files import ROOT, runs_folder
+from common.io.files import ROOT as ROOT  # where others look for it
+from common.io.files import folder_name, local_path, runs_folder
 
 WORLD = "toyworld"  # data: the embedded preference world
+INSTRUCTIONS = "instructions"  # data: instructions in open English that code can verify
 TINY = "tiny-gpt2"  # model: a GPT-2 built from a config, with its own tokenizer
+SMOLLM = "smollm2"  # model: SmolLM2-135M-Instruct, as `make model` writes it
 
 
 @dataclass(frozen=True)
@@ -20,9 +22,7 @@ class Recipe:
     lr: float
     epochs: float = 1.0
     batch_size: int = 16  # rows per optimiser step, over all processes and micro-batches
-    micro_batch: int = (
-        16  # rows per forward pass on one process; fewer than its share: accumulation
-    )
+    micro_batch: int = 16  # rows per forward pass on one process
     beta: float = 0.1  # DPO: weight of the KL penalty (Rafailov et al. 2023, Eq. 3)
     loss: str = "sigmoid"  # DPO: "sigmoid" or "ipo"
     label_smoothing: float = 0.0  # DPO: assumed share of flipped labels
@@ -51,6 +51,8 @@ class Profile:
     model: str = TINY
     data: str = WORLD
     sft_data: str = ""  # demonstrations for SFT; "": the chosen answers of `data`
+    template: str = "hh"  # prompts are read as HH-RLHF's transcripts, or in the model's "own" one
+    start: str = "sft"  # the stage that preferences start from and are measured against, or "base"
     # The embedded world and the tiny GPT-2.
     objects: int = 8
     plain_lines: int = 8000
@@ -75,6 +77,7 @@ class Profile:
     four_bit: bool = False
     gradient_checkpointing: bool = False
     optimizer: str = "adamw"  # or "paged_adamw_8bit"
+    cpu_bfloat16: bool = False  # autocast on a CPU too, where it has the instructions
     reason: str = ""
     overrides: tuple[str, ...] = ()  # names of LAB_MODEL, LAB_DATA and LAB_SFT_DATA, when set
 
@@ -105,18 +108,21 @@ def _tiny_recipes(base, sft, dpo, plain, orpo, **common) -> dict[str, Recipe]:
     }
 
 
-def _hub_recipes(sft: float, dpo: float, orpo: float, **common) -> dict[str, Recipe]:
-    """Recipes of the full-size profiles: AdamW (0.9, 0.95), cosine, warm-up, 16 pairs a step."""
-    common = {"betas": (0.9, 0.95), "schedule": "cosine", "micro_batch": 2} | common
-    common, best = {"evaluations": 10} | common, {"patience": 4, "keep_best": True}
+BEST = {"patience": 4, "keep_best": True}
+
+
+def _hub_recipes(sft, dpo, orpo, nll=1.0, odds=0.1, prompt=True, best=BEST, **common):
+    """Recipes of pre-trained models: AdamW (0.9, 0.95), cosine, warm-up, 16 pairs a step."""
+    adamw = {"betas": (0.9, 0.95), "schedule": "cosine"}
+    common = {**adamw, "micro_batch": 2, "evaluations": 10} | common
     return {
         "sft": Recipe(lr=sft, epochs=2, **best, **common),
         "sft_chosen": Recipe(lr=sft, epochs=2, **common),
         "reward": Recipe(lr=sft, **common),
         "dpo_plain": Recipe(lr=dpo, **best, **common),
-        "dpo": Recipe(lr=dpo, nll_weight=1.0, **best, **common),
-        "orpo": Recipe(lr=orpo, lambda_or=0.1, nll_on_prompt=True, **best, **common),
-        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=True, **best, **common),
+        "dpo": Recipe(lr=dpo, nll_weight=nll, **best, **common),
+        "orpo": Recipe(lr=orpo, lambda_or=odds, nll_on_prompt=prompt, **best, **common),
+        "orpo_lambda0": Recipe(lr=orpo, nll_on_prompt=prompt, **best, **common),
     }
 
 
@@ -141,6 +147,7 @@ TRL_ORPO = (
 )
 TRL_SCRIPTS = f"{TRL}/v1.16.0/trl/scripts"
 AUTHORS = "https://github.com/xfactlab/orpo/blob/main/scripts/run_mistral_orpo_beta.sh"
+TRIAL = "rate: a trial on one seed, not tuned"
 OWN_SOURCES = {
     "sft": "rate: ours, tuned on seeds 0–2",
     "dpo": f"rate: ours, tuned on seeds 0–2; β: {DPO_PAPER}",
@@ -179,6 +186,30 @@ PROFILES = {
             plain={"lr": 4e-5, "epochs": 2},
             orpo={"lr": 5e-3, "epochs": 2},
         ),
+    ),
+    # A real chat model on a laptop: no hub, no GPU. DPO and ORPO start from the model itself.
+    "smollm": Profile(
+        name="smollm",
+        model=SMOLLM,
+        data=INSTRUCTIONS,
+        template="own",
+        start="base",
+        recipes=_hub_recipes(
+            *(5e-5, 1e-5, 5e-5, 0.2, 0.5), prompt=False, best={}, micro_batch=4, evaluations=2
+        ),
+        sources={
+            "sft": TRIAL,
+            "dpo": f"{TRIAL}; β: {DPO_PAPER}",
+            "orpo": f"{TRIAL}; λ: the lab page",
+        },
+        pairs=512,
+        held_out=128,
+        sampled_prompts=32,
+        flaw_rates=(),
+        max_length=512,
+        max_new_tokens=96,
+        eval_batch=8,
+        cpu_bfloat16=True,
     ),
     "gpt2": Profile(
         name="gpt2",
@@ -235,21 +266,28 @@ def gpu_gigabytes() -> float:
     return torch.cuda.get_device_properties(0).total_memory / 1e9
 
 
-def device_and_precision() -> tuple[str, str, str]:
-    """(device, dtype name, why): bfloat16 from compute capability 8.0, float16 below, float32 on
-    CPU.
+def device_and_precision(profile: Profile | None = None) -> tuple[str, str, str]:
+    """(device, dtype name, why). CUDA: bfloat16 from compute capability 8.0, float16 below. CPU:
+    float32, or bfloat16 for a profile that asks for it, if the processor has the instructions.
+
+    LAB_PRECISION=float32 wins. Raises: ValueError for another LAB_PRECISION.
     """
     import torch
 
-    if not torch.cuda.is_available():
-        return "cpu", "float32", "no CUDA GPU"
-    major, minor = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
-    return (
-        ("cuda", "bfloat16", name)
-        if major >= 8
-        else ("cuda", "float16", name + ": no bfloat16, so loss scaling")
-    )
+    device, dtype, why = "cpu", "float32", "no CUDA GPU"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        device, dtype = "cuda", "bfloat16" if major >= 8 else "float16"
+        why = f"{torch.cuda.get_device_name()}, compute capability {major}.{minor}"
+        why += ": no bfloat16, so loss scaling" if major < 8 else ""
+    elif profile and profile.cpu_bfloat16:
+        has = torch.cpu.get_capabilities()
+        names = [name for name in ("amx_bf16", "avx512_bf16") if has.get(name)]
+        dtype = "bfloat16" if names else "float32"
+        why += f"; this CPU has {names[0] if names else 'no instructions for bfloat16'}"
+    if (asked := os.environ.get("LAB_PRECISION") or dtype) not in (dtype, "float32"):
+        raise ValueError(f"LAB_PRECISION is {asked!r}: set it to float32, or unset it.")
+    return device, asked, why if asked == dtype else "LAB_PRECISION is set"
 
 
 def get_profile(name: str | None = None) -> Profile:
@@ -269,7 +307,7 @@ def get_profile(name: str | None = None) -> Profile:
         raise ValueError(f"Unknown profile {name!r}. Set LAB_PROFILE to one of: {known}.")
     profile = replace(PROFILES[name], reason=reason)
     names = ("LAB_MODEL", "LAB_DATA", "LAB_SFT_DATA")
-    model, data, sft = (_local(os.environ.get(name)) for name in names)
+    model, data, sft = (local_path(os.environ.get(name)) for name in names)
     context = max(profile.max_length, 256)
     if model:
         profile = replace(profile, model=model)
@@ -283,19 +321,5 @@ def get_profile(name: str | None = None) -> Profile:
             words = max(profile.vocabulary, 4096)
             profile = replace(profile, vocabulary=words, pairs=None, max_new_tokens=96)
     profile = replace(profile, sft_data=sft or "")
-    names = tuple(_slug(value) for value in (model, data, sft) if value)
+    names = tuple(folder_name(value) for value in (model, data, sft) if value)
     return replace(profile, overrides=names)
-
-
-def _local(source: str | None) -> str | None:
-    """A local path made absolute, from here or from the repository's root; a hub id as it is."""
-    found = [path for path in (Path(source), ROOT / source) if path.exists()] if source else []
-    return str(found[0].resolve()) if found else source
-
-
-def _slug(source: str) -> str:
-    """A folder name: the last part of a path or of a hub id (`owner/name:subset@revision`)."""
-    marked = re.fullmatch(r"[\w.-]+/([\w.-]+[:@].+)", source)
-    last = marked[1] if marked else Path(source.rstrip("/")).name
-    bare = re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last)
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", bare) or "custom"

@@ -17,13 +17,16 @@ from common.data import collate
 from common.evaluation import Sampling, generate
 from common.io.files import write_json, written_whole
 from common.lab import Lab
-from common.profiles import TINY, WORLD
+from common.profiles import INSTRUCTIONS, SMOLLM, TINY, WORLD
 from deploy.serving.folders import check_folder
 
 TOLERANCE = 1e-5  # largest |Δ logit| of an export in full precision
 LICENCES = {  # of models and data; whoever publishes anything else must look its licence up
     TINY: "mit",
     WORLD: "mit",
+    INSTRUCTIONS: "mit",
+    SMOLLM: "apache-2.0",
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
     "openai-community/gpt2": "mit",
     "Anthropic/hh-rlhf": "mit",
     "mistralai/Mistral-7B-v0.1": "apache-2.0",
@@ -72,7 +75,7 @@ def export(lab: Lab, stage: str, folder: Path, sweep: str | None = None) -> Path
     if folder.exists() and any(folder.iterdir()) and not (folder / "export.json").exists():
         said = f"{folder} holds files that no export made."
         raise ExportError(f"{said} Name a folder that is new or empty.")
-    tokenizer = models.load_tokenizer(lab.source(stage, sweep))
+    tokenizer = models.load_tokenizer(lab.source(stage, sweep), lab.profile.template)
     begin, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     model.generation_config = GenerationConfig(
         bos_token_id=end if begin is None else begin,

@@ -201,7 +201,7 @@ def gains(
     Returns: the measures of `stage`, and for each candidate its win rate against it and its own
         measures.
     """
-    reference = lab.load("sft")
+    reference = lab.load(lab.profile.start)
     before, old = measure(lab, lab.load(stage), reference)
     found = {}
     for name, model in candidates.items():

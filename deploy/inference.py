@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from common.data import left_padded
+from common.data import left_padded, tokenize_prompt
 from common.evaluation import Sampling, generate
 
 
@@ -53,13 +53,14 @@ def speed(
     Raises: ValueError for no run, or where prompts and new tokens exceed the context.
     """
     context = getattr(model.config, "max_position_embeddings", None) or 10**9
-    if runs < 1 or max(map(len, tokenizer(prompts)["input_ids"])) + new_tokens > context:
+    ids = [tokenize_prompt(prompt, tokenizer) for prompt in prompts]
+    if runs < 1 or max(map(len, ids)) + new_tokens > context:
         said = f"prompts with {new_tokens} new tokens within {context}."
         raise ValueError(f"At least one run is needed, and {said}")
     firsts, latencies, end = [], [], tokenizer.eos_token_id
     for run in range(runs + 1):
-        chosen = [prompts[(run * batch + i) % len(prompts)] for i in range(batch)]
-        inputs = left_padded(tokenizer(chosen)["input_ids"], end, model.device)
+        chosen = [ids[(run * batch + i) % len(ids)] for i in range(batch)]
+        inputs = left_padded(chosen, end, model.device)
         watch = Stopwatch()
         start = time.perf_counter()
         with torch.no_grad():
@@ -110,7 +111,7 @@ def continuous_batches(
     """
     from transformers import ContinuousBatchingConfig
 
-    end, ids = tokenizer.eos_token_id, tokenizer(prompts)["input_ids"]
+    end, ids = tokenizer.eos_token_id, [tokenize_prompt(each, tokenizer) for each in prompts]
     settings = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end
     )

@@ -31,6 +31,7 @@ def parameters(source: str) -> int:
     ("source", "millions"),
     [
         ("openai-community/gpt2", 124.44),
+        ("smollm2", 134.52),
         ("Qwen/Qwen2.5-0.5B", 494.03),
         ("Qwen/Qwen2.5-7B", 7615.62),
         ("mistralai/Mistral-7B-v0.1", 7241.73),

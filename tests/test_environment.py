@@ -70,6 +70,17 @@ def test_a_missing_package_is_named(versions):
     assert status == "FIX" and text.startswith("peft is not installed")
 
 
+def test_a_package_that_moved_underneath_is_a_note(versions):
+    """What others bring along may differ, and it is said; a missing one may be another system's."""
+    versions |= {"numpy": "2.5.0", "anyio": "4.16.0"}
+    tested = {"numpy": "2.4.6", "anyio": "4.16.0", "pywinpty": "3.0.0"}
+    [(status, text)] = environment.moved_lines(tested)
+    assert status == "NOTE" and "tested: numpy 2.5.0;" in text
+    assert text.endswith("python -m pip install -c constraints.txt -r requirements.txt")
+    versions["numpy"] = "2.4.6"
+    assert environment.moved_lines(tested) == []
+
+
 def test_the_course_package_must_be_installed(versions):
     del versions["common"]
     [(status, text)] = environment.package_lines({})[1:]

@@ -38,8 +38,8 @@ class Letters:
 
     eos_token_id = EOS
 
-    def __call__(self, texts):
-        return {"input_ids": [[ord(letter) - 95 for letter in text] for text in texts]}
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [ord(letter) - 95 for letter in text]}
 
     def decode(self, ids, skip_special_tokens):
         assert skip_special_tokens
@@ -77,7 +77,7 @@ def test_batched_greedy_generation_equals_one_by_one(batch_size):
     """
     model = gpt2(seed=5)
     answers = generate(model, Letters(), PROMPTS, GREEDY, batch_size)
-    expected = [greedy_by_hand(model, ids) for ids in Letters()(PROMPTS)["input_ids"]]
+    expected = [greedy_by_hand(model, Letters()(each)["input_ids"]) for each in PROMPTS]
     assert [group[0].chosen_ids for group in answers] == expected
     assert len(set(map(len, expected))) > 1
 
@@ -98,7 +98,7 @@ def test_an_answer_says_its_prompt_its_text_and_whether_it_ended():
     assert [answer.prompt for answer in answers] == PROMPTS
     assert {answer.ended for answer in answers} == {True, False}
     for answer in answers:
-        assert answer.prompt_ids == tuple(Letters()([answer.prompt])["input_ids"][0])
+        assert answer.prompt_ids == tuple(Letters()(answer.prompt)["input_ids"])
         assert answer.ended == (answer.chosen_ids[-1] == EOS) and EOS not in answer.chosen_ids[:-1]
         assert answer.ended or len(answer.chosen_ids) == LENGTH
         assert answer.text == Letters().decode(answer.chosen_ids, skip_special_tokens=True)

@@ -14,8 +14,8 @@ def no_settings(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_the_five_profiles_are_there_from_small_to_large():
-    assert list(PROFILES) == ["smoke", "cpu", "gpt2", "qwen-0.5b", "qlora-7b"]
+def test_the_six_profiles_are_there_from_small_to_large():
+    assert list(PROFILES) == ["smoke", "cpu", "smollm", "gpt2", "qwen-0.5b", "qlora-7b"]
     assert all(profile.name == name for name, profile in PROFILES.items())
 
 
@@ -79,9 +79,7 @@ def test_the_rates_of_full_size_models_are_within_the_advice():
 
 
 def test_an_unknown_profile_is_refused_with_those_that_exist(no_settings, monkeypatch):
-    expected = (
-        "Unknown profile 'laptop'. Set LAB_PROFILE to one of: smoke, cpu, gpt2, qwen-0.5b, qlora-7b"
-    )
+    expected = "Unknown profile 'laptop'. Set LAB_PROFILE to one of: smoke, cpu, smollm, gpt2, "
     with pytest.raises(ValueError, match=expected):
         get_profile("laptop")
     monkeypatch.setenv("LAB_PROFILE", "laptop")

@@ -19,7 +19,7 @@ from common import models, training
 from common.lab import Lab
 from common.profiles import PROFILES
 from common.toyworld import World
-from common.training import Session, checkpoints, processes, reference, train
+from common.training import Session, checkpoints, processes, train
 
 SIZES = {
     "hidden_size": 64,
@@ -90,8 +90,10 @@ def trained(request, source, tmp_path_factory):
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LAB_RUNS", str(tmp_path_factory.mktemp("runs")))
-        for module in (models, processes, reference, runs, training):
-            patch.setattr(module, "device_and_precision", lambda: ("cpu", request.param, "a test"))
+        for module in (models, processes, runs, training):
+            patch.setattr(
+                module, "device_and_precision", lambda *_: ("cpu", request.param, "a test")
+            )
         AcceleratorState._reset_state(
             reset_partial_state=True
         )  # else a process keeps its first precision
@@ -183,7 +185,7 @@ def test_a_4_bit_run_is_scaled_and_cast_as_any_other(monkeypatch, precision, mix
     is stood in for.
     """
     asked = {}
-    monkeypatch.setattr(processes, "device_and_precision", lambda: ("cuda", precision, "a test"))
+    monkeypatch.setattr(processes, "device_and_precision", lambda *_: ("cuda", precision, "a test"))
     one = SimpleNamespace(num_processes=1, distributed_type="NO", is_main_process=False)
     monkeypatch.setattr(processes, "Accelerator", lambda **settings: asked.update(settings) or one)
     assert processes.new_accelerator() is one

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -17,6 +18,20 @@ ROOT = Path(__file__).resolve().parents[2]
 def runs_folder() -> Path:
     """Where runs and fetched models are kept: `$LAB_RUNS`, relative to the root of the course."""
     return ROOT / (os.environ.get("LAB_RUNS") or "runs")
+
+
+def local_path(source: str | None) -> str | None:
+    """A local path made absolute, from here or from the repository's root; a hub id as it is."""
+    found = [path for path in (Path(source), ROOT / source) if path.exists()] if source else []
+    return str(found[0].resolve()) if found else source
+
+
+def folder_name(source: str) -> str:
+    """A folder name: the last part of a path or of a hub id (`owner/name:subset@revision`)."""
+    marked = re.fullmatch(r"[\w.-]+/([\w.-]+[:@].+)", source)
+    last = marked[1] if marked else Path(source.rstrip("/")).name
+    bare = re.sub(r"(\.(jsonl|json|parquet|csv|tsv|gz))+$", "", last)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", bare) or "custom"
 
 
 def sync(target: Path) -> None:

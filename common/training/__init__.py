@@ -60,7 +60,7 @@ def train(
         raise ValueError(f"Unknown hyper-parameter {unknown}: see common.profiles.Recipe.")
     recipe = replace(lab.profile.recipes[stage.removesuffix("_lora")], **changes)
     # 1. Where does it start, and what is it compared with?
-    parent = source.parent or kind.parent
+    parent = source.parent or lab.parent_of(stage)
     reference = source.reference or (parent if kind.method == "dpo" else None)
     rows, held_out = _rows_of(lab, stage, source.pairs)
     lineage = [name and lab.fingerprint_of(name) for name in (parent, reference)]
@@ -131,6 +131,7 @@ def _task_of(lab: Lab, stage: str, recipe: Recipe, rows: list[dict], folder: Pat
         seed=lab.seed,
         eval_batch=lab.profile.eval_batch,
         optimizer=lab.profile.optimizer,
+        precision=device_and_precision(lab.profile)[1],
     )
 
 
@@ -149,7 +150,8 @@ def _trainer(
     lab: Lab, task: Task, parent: str | None, reference: str | None, held_out: HeldOut
 ) -> Trainer:
     """The trainer with its models: the policy, and a frozen reference where one is needed."""
-    accelerator, recipe, profile = processes.new_accelerator(), task.recipe, lab.profile
+    recipe, profile = task.recipe, lab.profile
+    accelerator = processes.new_accelerator(profile)
     sharded, lora = processes.is_sharded(accelerator), bool(profile.lora) or "_lora" in task.name
     if sharded and lora:
         raise processes.LaunchError(

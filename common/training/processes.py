@@ -7,7 +7,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 
-from common.profiles import device_and_precision
+from common.profiles import Profile, device_and_precision
 
 
 class LaunchError(RuntimeError):
@@ -53,9 +53,9 @@ def leave() -> None:
         dist.destroy_process_group()
 
 
-def new_accelerator() -> Accelerator:
+def new_accelerator(profile: Profile | None = None) -> Accelerator:
     """Accelerate for this device and precision. Raises: LaunchError, as `check_launch`."""
-    device, dtype, _ = device_and_precision()
+    device, dtype, _ = device_and_precision(profile)
     mixed = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
     # Without `cpu`, processes that torchrun starts on a machine without a GPU do not meet.
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision=mixed)

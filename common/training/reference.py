@@ -15,7 +15,6 @@ from common.io.files import write_json
 from common.io.fingerprints import digest, source_digest, versions
 from common.logprobs import PairLogps, SideLogps
 from common.packed import PATHS
-from common.profiles import device_and_precision
 from common.training.checkpoints import whole
 from common.training.processes import of_all, of_main, place
 from common.training.task import Task
@@ -56,7 +55,7 @@ def reference_columns(
         "model": weights_digest(model),
         "data": digest(tokens),
         "path": path,
-        "precision": device_and_precision()[1],
+        "precision": task.precision,
         "versions": versions(),
         "source": source_digest(),
     }

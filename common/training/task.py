@@ -50,6 +50,7 @@ class Task:
     longest: int = 0  # tokens of the longest row that is ever scored, held-out rows included
     eval_batch: int = 64  # rows per forward pass without gradients
     optimizer: str = "adamw"
+    precision: str = "float32"  # of forward and backward passes
 
     @property
     def sides(self) -> tuple[str, ...]:
