@@ -105,10 +105,11 @@ def votes_by_arm(rows: list[dict], horizon: int | None = None) -> dict[str, tupl
         independent, so a user counts once, however much he asks. `horizon`: the first so many users
         of each arm, as planned; later ones would be another look.
     """
-    first: dict[str, dict[str, int]] = {}  # model → user → rating
+    first: dict[str, dict[tuple[str, str], int]] = {}  # model → (caller, user) → rating
     for row in rows:
         if row["assigned"] and row["user"] and row["rating"]:
-            first.setdefault(row["model"], {}).setdefault(row["user"], row["rating"])
+            person = row["caller"], row["user"]
+            first.setdefault(row["model"], {}).setdefault(person, row["rating"])
     votes = {model: list(first[model].values())[:horizon] for model in sorted(first)}
     return {model: (ratings.count(1), len(ratings)) for model, ratings in votes.items()}
 

@@ -8,7 +8,7 @@ import hashlib
 import random
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,7 @@ GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
 
 
 def user_prompts(world: World, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
-    """Prompts of users: of the training kind, so no evaluation prompt is among them. `kinds`: only
-    such questions.
-    """
+    """Prompts of users, none of them of the evaluation. `kinds`: only such questions."""
     found, asked = [], count
     while len(found) < count and asked < 100 * count:
         asked *= 2
@@ -52,8 +50,7 @@ def user_prompts(world: World, count: int, kinds: tuple[str, ...] = ()) -> list[
 def ask(
     client, requests: list[tuple[str, str]], model: str = "auto", workers: int = 32, **options
 ) -> list[dict]:
-    """Sends (user, prompt) requests to a service, `workers` at a time, streamed, by OpenAI's
-    client.
+    """Sends (user, prompt) requests to a service by OpenAI's client, streamed, several at a time.
 
     Returns: for each `id`, `user`, `prompt`, `text`, `model`, `seconds`, `first_token_seconds`.
     Raises what the client raises for a request that fails.
@@ -117,24 +114,21 @@ def send_votes(
         client.post(f"{url}/feedback", json=body).raise_for_status()
         return rating > 0
 
-    with (
-        httpx.Client(headers=headers, trust_env=False, timeout=60) as client,
-        ThreadPoolExecutor(workers) as pool,
-    ):
+    session = httpx.Client(headers=headers, trust_env=False, timeout=60)
+    with session as client, ThreadPoolExecutor(workers) as pool:
         return sum(pool.map(one, replies))
 
 
 def pairs_in_process(people: RulePeople, groups: list[list[Answer]]) -> list[dict]:
-    """Preference pairs from votes on answers that were generated here, through the same store as
-    the gateway's.
-    """
+    """Preference pairs from votes on answers made here, through the same store as the gateway's."""
     with tempfile.TemporaryDirectory(prefix="votes-") as folder:
         store, votes = Store(Path(folder) / "votes.sqlite"), []
         same = {"caller": "local", "experiment": "default", "model": "local", "assigned": 0}
         for at, answer in enumerate(one for group in groups for one in group):
             row = {"id": str(at), "created": float(at), "status": 200, "answer": answer.text}
-            store.add_request(**same, **row, messages=messages_of(answer.prompt))
-            rating, consent = people.vote(f"user-{at}", answer.prompt, answer.text)
+            user = f"user-{at}"
+            store.add_request(**same, **row, user=user, messages=messages_of(answer.prompt))
+            rating, consent = people.vote(user, answer.prompt, answer.text)
             votes.append(store.add_feedback(str(at), "local", rating, consent, None))
         for vote in votes:
             vote.result()
@@ -143,25 +137,32 @@ def pairs_in_process(people: RulePeople, groups: list[list[Answer]]) -> list[dic
 
 
 def preference_pairs(
-    path: Path, experiment: str = "default", model: str | None = None
+    path: Path, experiment: str = "default", model: str | None = None, support=2, reviewed=()
 ) -> list[dict]:
     """New training rows {prompt, chosen, rejected} from the feedback in a store, each once.
 
     Only answers whose latest feedback gives consent count, and with `model` only that model's
-    answers. On one prompt, an answer with more thumbs up than down is better than one with more
-    down than up; an answer with as many of both says nothing. A correction is better than the
-    answer it corrects. Where two pairs contradict each other, both are left out.
+    answers. A person, one user of one caller, has one vote on a text: the last. (Whoever holds a
+    key vouches for its users.) On one prompt, an answer with more thumbs up than down is better
+    than one with more down than up; an answer with as many of both says nothing. A correction is
+    better than the answer it corrects if `support` persons gave it or the owner found it good: its
+    request's id is in `reviewed`. Where two pairs contradict each other, both are left out.
     """
-    votes, pairs = defaultdict(Counter), set()  # prompt → text → thumbs up minus thumbs down
+    votes = defaultdict(lambda: defaultdict(dict))  # prompt → text → person → thumb
+    corrections, persons = set(), defaultdict(set)
     for row in answers(path, experiment):
         if not row["consent"] or row["messages"] is None or model not in (None, row["model"]):
             continue
         prompt, text = dialogue(row["messages"]), row["answer"].strip()
-        votes[prompt][text] += row["rating"]
-        pairs.add((prompt, (row["correction"] or "").strip(), text))
-    for prompt, counts in votes.items():
-        liked = [text for text, score in counts.items() if score > 0]
-        disliked = [text for text, score in counts.items() if score < 0]
+        person, better = (row["caller"], row["user"]), (row["correction"] or "").strip()
+        votes[prompt][text][person] = row["rating"]
+        corrections.add((prompt, better, text))
+        # A review is worth as many persons as are asked for.
+        persons[prompt, better] |= {person, *(range(support) if row["id"] in reviewed else ())}
+    pairs = {found for found in corrections if len(persons[found[:2]]) >= support}
+    for prompt, texts in votes.items():
+        liked = [text for text, thumbs in texts.items() if sum(thumbs.values()) > 0]
+        disliked = [text for text, thumbs in texts.items() if sum(thumbs.values()) < 0]
         pairs |= {(prompt, better, worse) for better in liked for worse in disliked}
     pairs = {(p, a, b) for p, a, b in pairs if a and b and a != b and (p, b, a) not in pairs}
     return [{"prompt": p, "chosen": f" {a}", "rejected": f" {b}"} for p, a, b in sorted(pairs)]
@@ -211,8 +212,7 @@ def gains(
 
 
 def round_in_process(lab: Lab, stage: str, prompts: int, users: int, judge: Judge) -> dict:
-    """The loop without the gateway: `users` ask each prompt of `stage`, the rule votes, one more
-    round.
+    """The loop without the gateway: `users` ask each prompt, the rule votes, one more round.
 
     Needs the embedded world and the stage. Returns: `rate` (WinRate), `before`, `after` (measures),
     `pairs` (count).
@@ -235,8 +235,7 @@ class Decision:
 
 
 def decide(rate: WinRate, before: dict, after: dict) -> Decision:
-    """Promote a candidate that wins and breaks no guard; roll back one that loses or breaks one;
-    else keep the old.
+    """Promotes a candidate that wins and breaks no guard; rolls back one that loses or breaks one.
 
     Args: `rate`: candidate against deployed on the same prompts; `before`, `after`: their measures.
         Guards that neither has (no rule here) are skipped and named.

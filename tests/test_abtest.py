@@ -96,8 +96,9 @@ def test_peeking_raises_false_alarms():
     assert once == pytest.approx(0.05, abs=0.01) and often > 0.15
 
 
-def row(user, model, rating, assigned=1):
-    return {"user": user, "model": model, "rating": rating, "assigned": assigned}
+def row(user, model, rating, assigned=1, caller="key-1"):
+    same = {"user": user, "model": model, "rating": rating}
+    return same | {"assigned": assigned, "caller": caller}
 
 
 def test_a_user_counts_once_with_the_first_vote():
@@ -108,6 +109,12 @@ def test_a_user_counts_once_with_the_first_vote():
         row("w", "b", None),
         row(None, "b", 1),
     ]
+    assert votes_by_arm(rows) == {"a": (1, 2)}
+
+
+def test_another_key_cannot_vote_in_a_user_s_name():
+    """Its vote is another person's; the user's own first vote still counts."""
+    rows = [row("u", "a", -1, caller="key-2"), row("u", "a", 1)]
     assert votes_by_arm(rows) == {"a": (1, 2)}
 
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,6 +79,47 @@ def test_a_full_disk_is_explained_and_the_old_file_stays(tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
     assert failure.value.errno == errno.ENOSPC and target.read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
+def failing_replace(monkeypatch, *failing: int) -> None:
+    """`os.replace` that fails at its nth calls, counted from 1, and works at the others."""
+    real, calls = os.replace, iter(range(1, 100))
+
+    def replace(source, target):
+        if next(calls) in failing:
+            raise OSError(errno.EIO, "Input/output error", str(source))
+        real(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
+
+
+@pytest.fixture
+def old_model(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+    (target / "weights.bin").write_text("old")
+    return target
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_a_rename_that_fails_leaves_the_old_folder(old_model, monkeypatch, failing):
+    """A folder is replaced in two renames: the old one out, the new one in. Each can fail."""
+    failing_replace(monkeypatch, failing)
+    with pytest.raises(OSError, match="Input/output"), written_whole(old_model) as scratch:
+        scratch.mkdir()
+        (scratch / "weights.bin").write_text("new")
+    assert (old_model / "weights.bin").read_text() == "old"
+    assert [path.name for path in old_model.parent.iterdir()] == ["model"]
+
+
+def test_an_old_folder_that_cannot_be_put_back_is_kept_and_its_place_named(old_model, monkeypatch):
+    failing_replace(monkeypatch, 2, 3)
+    with pytest.raises(OSError, match="lies whole in") as failure, written_whole(old_model) as new:
+        new.mkdir()
+    [scratch] = old_model.parent.iterdir()
+    assert (scratch / "old" / "weights.bin").read_text() == "old"
+    assert f"{scratch / 'old'}. Move it back" in str(failure.value)
+    assert failure.value.errno == errno.EIO
 
 
 def test_lines_are_written_whole_too(tmp_path):

@@ -225,7 +225,7 @@ def test_feedback_on_two_answers_becomes_a_pair(service, client):
     pair = {"prompt": prompt, "chosen": texts[0], "rejected": texts[1]}
     assert preference_pairs(service[1]) == [pair]
     arm = arm_counts(service[1])["dpo"]
-    assert (arm["answers"], arm["up"], arm["down"]) == (2, 1, 1)
+    assert (arm["answers"], arm["up"], arm["down"]) == (2, 1, 0)  # one person: the first vote
 
 
 def test_the_gateway_stays_small_and_holds_no_torch(service):

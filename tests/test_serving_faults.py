@@ -408,15 +408,11 @@ def test_a_failing_store_loses_records_but_no_answers(tmp_path, fake):
         assert bench.post(json=long).status_code == 200
         text = httpx.get(f"{bench.root}/metrics", trust_env=False).text
         assert "gateway_records_lost_total 1.0" in text
-        response = bench.post(
-            "feedback", json={"request_id": first, "rating": "down", "correction": "y" * 19_999}
-        )
-        kept = 0
+        kept, better = 0, {"rating": "down", "correction": "y" * 19_999}
+        response = bench.post("feedback", json={"request_id": first, **better})
         while response.status_code == 200 and kept < 20:
-            kept += 1
-            response = bench.post(
-                "feedback", json={"request_id": first, "rating": "up", "correction": "y" * 19_999}
-            )
+            kept, name = kept + 1, bench.post(json=ASK).json()["id"]
+            response = bench.post("feedback", json={"request_id": name, **better})
         assert response.status_code == 507 and "full" in error_of(response)["message"]
         assert bench.post(json=ASK).status_code == 200
 

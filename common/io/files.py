@@ -48,7 +48,7 @@ def written_whole(target: Path) -> Iterator[Path]:
 
     So no file or folder is ever half written.
     Raises: OSError with what to do when the disk is full or the folder cannot be written; `target`
-        is then untouched.
+        is then untouched. If it cannot even be put back, the message names where it lies.
     """
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -62,9 +62,7 @@ def written_whole(target: Path) -> Iterator[Path]:
     try:
         yield scratch / target.name
         sync(scratch / target.name)
-        if target.is_dir():
-            os.replace(target, scratch / "old")
-        os.replace(scratch / target.name, target)
+        _swap(scratch / target.name, target, scratch / "old")
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise OSError(
@@ -74,7 +72,26 @@ def written_whole(target: Path) -> Iterator[Path]:
             ) from error
         raise
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if target.exists() or not (scratch / "old").exists():
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _swap(new: Path, target: Path, old: Path) -> None:
+    """Puts `new` in the place of `target`; a folder that was there goes to `old`, and back if that
+    fails.
+    """
+    try:
+        if target.is_dir():
+            os.replace(target, old)
+        os.replace(new, target)
+    except BaseException as error:  # Ctrl-C too
+        try:
+            if old.exists():
+                os.replace(old, target)
+        except OSError as again:
+            where = f"What was in {target} lies whole in {old}. Move it back ({error})."
+            raise OSError(again.errno, where) from error
+        raise
 
 
 def write_json(path: Path, value) -> None:

@@ -1,6 +1,7 @@
 """What a client may send, as pydantic models, and what it gets back, in OpenAI's shape."""
 
 import json
+import re
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -14,6 +15,9 @@ CODES = {  # kind of error: its code in the answer
     "extra_forbidden": "unknown_parameter",
     "unsupported_parameter": "unsupported_parameter",
 }
+# What tokenizers and this course's transcripts read as a turn or an end, not as words.
+TOKENS = r"<[|｜][^<>]*[|｜]>|<<?/?(s|SYS|bos|eos|pad|unk|[a-z]+_of_turn)>|\[/?(INST|PAD|SEP)\]"
+MARKS = re.compile(rf"(?im){TOKENS}|^\s*(Human|Assistant):")
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
@@ -45,6 +49,12 @@ def _within_limit(tokens: int | None, info) -> int | None:
     if tokens is not None and not 1 <= tokens <= most:
         raise ValueError(f"Input should be from 1 to {most}")
     return tokens
+
+
+def _plain(text: str | None) -> str | None:
+    if found := MARKS.search(text or ""):
+        raise ValueError(f"Leave out {found[0].strip()!r}: it should be plain words")
+    return text
 
 
 Tokens = Annotated[int | None, AfterValidator(_within_limit)]
@@ -126,7 +136,8 @@ class Feedback(BaseModel):
     request_id: str  # the id of an answer: chatcmpl-…
     rating: Literal["up", "down"]
     consent: bool = False
-    correction: str | None = Field(None, max_length=20_000)  # a better answer
+    # A better answer.
+    correction: Annotated[str | None, AfterValidator(_plain)] = Field(None, max_length=20_000)
 
 
 def read(kind: type[Checked], body: bytes, limits: Limits) -> Checked:

@@ -44,6 +44,7 @@ class Metrics:
         self.tokens = new(Counter, "tokens", "Tokens", "model", "kind")
         self.feedback = new(Counter, "feedback", "Feedback that was kept", "model", "rating")
         self.lost = new(Counter, "records_lost", "Requests that the store could not keep")
+        self.dropped = new(Gauge, "texts_dropped", "Requests whose texts left a nearly full store")
         watched = (
             ("running", "Requests at the engine now", lambda engine: engine.slots.running),
             ("waiting", "Requests that wait for a place", lambda engine: engine.slots.waiting),
@@ -71,6 +72,7 @@ class Gateway:
 
     def __post_init__(self):
         self.rate, self.metrics = RateLimit(self.limits.requests_per_minute), Metrics(self.engines)
+        self.metrics.dropped.set_function(lambda: self.store.dropped)
         self.started = int(time.time())
         for engine in self.engines.values():
             engine.slots.shared = len(self.keys) > 1
@@ -102,7 +104,7 @@ class Gateway:
             try:
                 await asyncio.wrap_future(self.store.forget(self.retention_days))
             except StoreError as error:
-                log.warning("old texts were not removed: %s", error)
+                log.warning("old texts may still be readable: %s", error)
             await asyncio.sleep(FORGET_EVERY)
 
 
@@ -182,6 +184,7 @@ class Exchange:
         if self.status == 429:  # keeps the store from growing under a flood
             done.set_result(None)
             return done
+        answered = self.status == 200  # the texts of others could only fill the store
         future = self.gateway.store.add_request(
             id=self.id,
             created=self.created,
@@ -191,8 +194,8 @@ class Exchange:
             experiment=self.gateway.experiment,
             assigned=int(self.assigned),
             status=self.status,
-            messages=self.request.messages,
-            answer="".join(self.text),
+            messages=self.request.messages if answered else None,
+            answer="".join(self.text) if answered else None,
             finish_reason=self.reason,
             prompt_tokens=self.usage.get("prompt_tokens"),
             completion_tokens=self.usage.get("completion_tokens"),

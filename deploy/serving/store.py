@@ -1,9 +1,8 @@
-"""Requests, answers, A/B assignment and feedback in one SQLite file. What was acknowledged survives
-a crash.
-"""
+"""Requests, answers and feedback in one SQLite file. What was acknowledged survives a crash."""
 
 import hashlib
 import json
+import logging
 import sqlite3
 import time
 from collections import defaultdict
@@ -13,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import mean, quantiles
 
+log = logging.getLogger("deploy.serving")
 SCHEMA = """
 CREATE TABLE IF NOT EXISTS requests (
     id TEXT PRIMARY KEY, created REAL NOT NULL, caller TEXT NOT NULL, user TEXT,
@@ -25,10 +25,20 @@ CREATE TABLE IF NOT EXISTS feedback (
     consent INTEGER NOT NULL CHECK (consent IN (0, 1)), correction TEXT);
 CREATE INDEX IF NOT EXISTS feedback_by_request ON feedback (request_id, id);
 CREATE INDEX IF NOT EXISTS requests_by_time ON requests (created);
+CREATE INDEX IF NOT EXISTS texts_by_time ON requests (created) WHERE messages IS NOT NULL;
 """
-# Requests older than a time, unless the latest feedback on them gives consent.
-OLD = """created < ? AND NOT COALESCE((SELECT consent FROM feedback
+# Requests whose latest feedback gives no consent: older than a time; the oldest few with texts.
+UNKEPT = """SELECT id FROM requests WHERE NOT COALESCE((SELECT consent FROM feedback
     WHERE request_id = requests.id ORDER BY id DESC LIMIT 1), 0)"""
+OLD = f"{UNKEPT} AND created < ?"
+OLDEST = f"""{UNKEPT} AND messages IS NOT NULL ORDER BY created
+    LIMIT (SELECT 1 + max_page_count / 1000 FROM pragma_max_page_count)"""
+NO_TEXTS = "UPDATE requests SET messages = NULL, answer = NULL WHERE messages IS NOT NULL AND id"
+NO_CORRECTION = "UPDATE feedback SET correction = NULL WHERE correction IS NOT NULL AND request_id"
+# Closes the gaps that texts leave in the pages. SQLite may leave copies of neighbours it moves.
+ANEW = "INSERT OR REPLACE INTO requests SELECT * FROM requests WHERE id"
+CROWDED = """SELECT page_count - freelist_count >= 0.9 * max_page_count
+    FROM pragma_page_count, pragma_freelist_count, pragma_max_page_count"""
 VERSION = 1
 
 
@@ -45,9 +55,7 @@ class UnknownRequest(KeyError):
 
 
 def pseudonym(experiment: str, user: str) -> str:
-    """What is kept in place of a user id: 128 bits of a hash. Whoever knows the id can still find
-    it again.
-    """
+    """What is kept in place of a user id: a hash. Whoever knows the id can still find it again."""
     return hashlib.sha256(f"{experiment}\0{user}".encode()).hexdigest()[:32]
 
 
@@ -68,15 +76,16 @@ def choose_arm(user: str, weights: dict[str, float]) -> str:
 
 
 class Store:
-    """The file at `path`, written by one thread. Feedback is on the disk (fsync) when
-    `add_feedback` is done.
+    """The file at `path`, written by one thread. After `add_feedback` it is on the disk (fsync).
 
-    `max_bytes` bounds the file's size: beyond, it is full, as a disk would be.
+    `max_bytes` bounds the file's size. When it is nine tenths full, the oldest texts without
+    consent are dropped (`dropped` counts of how many requests); the last tenth holds no texts, so
+    that nobody's leave the others' votes without room.
     Methods return futures; a future raises StoreError if the disk is full or broken.
     """
 
     def __init__(self, path: Path, max_bytes: int = 2_000_000_000):
-        self.path = Path(path)
+        self.path, self.dropped, self.pause_until, self.moved = Path(path), 0, 0.0, False
         self.thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="store")
         self.thread.submit(self._open, max_bytes).result()
 
@@ -105,6 +114,7 @@ class Store:
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute(f"PRAGMA synchronous = {synchronous}")
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA secure_delete = ON")  # what is removed is overwritten
         page = connection.execute("PRAGMA page_size").fetchone()[0]
         connection.execute(f"PRAGMA max_page_count = {max(1, max_bytes // page)}")
         return connection
@@ -123,24 +133,40 @@ class Store:
 
         return self.thread.submit(guarded)
 
+    def _crowded(self) -> bool:
+        """Is there no room for texts, even after the oldest ones without consent were dropped?"""
+        while self.safe.execute(CROWDED).fetchone()[0]:
+            if time.monotonic() < self.pause_until:
+                return True
+            ids = self.quick.execute(OLDEST).fetchall()
+            for statement in (NO_CORRECTION, NO_TEXTS, ANEW):
+                self.quick.executemany(f"{statement} = ?", ids)
+            self.dropped, self.moved = self.dropped + len(ids), True
+            log.warning("the store is nearly full: dropped its %d oldest texts", len(ids))
+            # To find nothing takes a while: at most once a minute.
+            self.pause_until = 0.0 if ids else time.monotonic() + 60
+        return False
+
     def add_request(self, **row) -> Future:
-        """Keeps one request and its answer. `messages` is a list; columns that are not given stay
-        empty.
-        """
-        row["messages"] = json.dumps(row.get("messages"))
+        """Keeps one request and its answer. `messages` is a list; other columns may be left out."""
+        row["messages"] = json.dumps(row["messages"]) if row.get("messages") else None
         columns, values = ", ".join(row), ", ".join(f":{name}" for name in row)
         statement = f"INSERT INTO requests ({columns}) VALUES ({values})"
-        return self._submit(lambda: self.quick.execute(statement, row) and None)
+
+        def work() -> None:
+            if self._crowded():
+                row.update(messages=None, answer=None)
+            self.quick.execute(statement, row)
+
+        return self._submit(work)
 
     def add_feedback(
         self, request_id: str, caller: str, rating: int, consent: bool, correction: str | None
     ) -> Future:
-        """Keeps feedback on an answer: rating 1 or -1. The latest on an answer counts. The future
-        gives its model.
+        """Keeps feedback on an answer: rating 1 or -1. The latest counts. Gives its model.
 
         Raises (in the future): UnknownRequest if this caller made no such request.
         """
-
         query = "SELECT model FROM requests WHERE id = ? AND caller = ?"
         columns = "request_id, created, rating, consent, correction"
         insert = f"INSERT INTO feedback ({columns}) VALUES (?, ?, ?, ?, ?)"
@@ -149,27 +175,35 @@ class Store:
             found = self.safe.execute(query, (request_id, caller)).fetchone()
             if not found:
                 raise UnknownRequest(request_id)
+            if correction and self._crowded():
+                raise StoreError("The store is full of texts: a vote fits, no correction.", True)
             row = (request_id, time.time(), rating, int(consent), correction)
+            self.safe.execute("BEGIN IMMEDIATE")
+            self.safe.execute(f"{NO_CORRECTION} = ?", row[:1])
             self.safe.execute(insert, row)
+            self.safe.execute("COMMIT")
             return found[0]
 
         return self._submit(work)
 
     def forget(self, days: float) -> Future:
-        """Removes texts older than `days`, corrections too, except where the user's latest feedback
-        gives consent.
+        """Removes texts older than `days`, corrections too, except where the latest feedback gives
+        consent.
 
-        The future gives of how many requests. Counts and times stay.
+        No byte of them is left in the store's files. The future gives the number of requests.
+        Raises (in the future): StoreError if a program that reads the store keeps its log.
         """
-        corrections = f"""UPDATE feedback SET correction = NULL
-            WHERE request_id IN (SELECT id FROM requests WHERE {OLD})"""
-        texts = f"""UPDATE requests SET messages = NULL, answer = NULL
-            WHERE messages IS NOT NULL AND {OLD}"""
 
         def work() -> int:
             before = (time.time() - days * 86400,)
-            self.quick.execute(corrections, before)
-            return self.quick.execute(texts, before).rowcount
+            self.quick.execute(f"{NO_CORRECTION} IN ({OLD})", before)
+            count = self.quick.execute(f"{NO_TEXTS} IN ({OLD})", before).rowcount
+            if self.moved:
+                self.quick.execute("VACUUM")  # takes the copies with it
+                self.moved = False
+            if self.quick.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+                raise StoreError("Another program reads the store: removed texts stay in its log.")
+            return count
 
         return self._submit(work)
 
@@ -216,6 +250,7 @@ def answers(path: Path, experiment: str = "default") -> list[dict]:
 def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
     """What each arm of the A/B test has seen so far; answers that named their model are left out.
 
+    One user of one caller has one vote: the first.
     Returns: model → `answers`, `users`, `up`, `down`, `rated_users`, `ended_with_eos` (share),
     `length_tokens` (mean), `seconds_p50`, `seconds_p95`.
     """
@@ -225,14 +260,15 @@ def arm_counts(path: Path, experiment: str = "default") -> dict[str, dict]:
             arms[row["model"]].append(row)
     report = {}
     for model, found in sorted(arms.items()):
+        votes = {(r["caller"], r["user"]): r["rating"] for r in reversed(found) if r["rating"]}
         seconds = [row["seconds"] for row in found]
         cuts = quantiles(seconds, n=20, method="inclusive") if len(seconds) > 1 else seconds * 19
         report[model] = {
             "answers": len(found),
             "users": len({row["user"] for row in found} - {None}),
-            "up": sum(row["rating"] == 1 for row in found),
-            "down": sum(row["rating"] == -1 for row in found),
-            "rated_users": len({row["user"] for row in found if row["rating"]} - {None}),
+            "up": sum(rating == 1 for rating in votes.values()),
+            "down": sum(rating == -1 for rating in votes.values()),
+            "rated_users": len({user for _, user in votes} - {None}),
             "ended_with_eos": mean(row["finish_reason"] == "stop" for row in found),
             "length_tokens": mean(row["completion_tokens"] or 0 for row in found),
             "seconds_p50": cuts[9],
