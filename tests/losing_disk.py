@@ -14,7 +14,7 @@ from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_int, c_void_p
 from itertools import product
 from pathlib import Path
 
-OPEN = CFUNCTYPE(c_int, c_void_p, c_char_p, c_void_p, c_int, c_void_p)
+OPEN = CFUNCTYPE(c_int, c_void_p, c_void_p, c_void_p, c_int, c_void_p)
 SYNC = CFUNCTYPE(c_int, c_void_p, c_int)
 
 
@@ -67,7 +67,7 @@ def losing_disk() -> Iterator[dict[str, bytes]]:
     def open_(vfs, name, file, flags, out):
         status = real_open(vfs, name, file, flags, out)
         if status == 0 and name:
-            path = os.fsdecode(name)
+            path = os.fsdecode(ctypes.string_at(name))
             place = c_void_p.from_address(file)  # a file begins with the place of its methods
             methods = Methods.from_buffer_copy(Methods.from_address(place.value))
             kept.append(methods)  # SQLite holds no reference
