@@ -167,7 +167,7 @@ def hostile(root: str):
 
 
 def test_under_a_hostile_mix_the_others_are_served_and_nothing_acknowledged_is_lost(tmp_path):
-    """For ten seconds, before a real engine with a context of 512 tokens. /health within 1 s at
+    """For seven seconds, before a real engine with a context of 512 tokens. /health within 1 s at
     p99, not counting the time in which other processes of a busy machine had the processor; each
     request of another key is answered, each of its thumbs kept; the gateway's memory grows by less
     than 150 MB; the store holds every answer.
@@ -175,7 +175,7 @@ def test_under_a_hostile_mix_the_others_are_served_and_nothing_acknowledged_is_l
     save_chat_model(tmp_path / "dpo")
     seconds, ids = [], []
     with process(tmp_path, "--model", str(tmp_path / "dpo")) as (service, store):
-        before, end = peak_megabytes(service), now() + 10
+        before, end = peak_megabytes(service), now() + 7
 
         def look():
             with httpx.Client(base_url=service.root, trust_env=False, timeout=20) as probe:
@@ -197,8 +197,6 @@ def test_under_a_hostile_mix_the_others_are_served_and_nothing_acknowledged_is_l
                     ids.append(answer.id)
             looking.result()
         grown = peak_megabytes(service) - before
-    print("MEASURED", statuses, len(ids), len(seconds), grown)
-    print("MEASURED", sorted((round(a, 3), round(b, 3)) for a, b in seconds)[-6:])
     kept = {row["id"]: row["rating"] for row in answers(store)}
     assert set(answered) <= kept.keys() and answered and statuses["429"] > 100
     assert len(ids) >= 5 and all(kept[name] == 1 for name in ids)
