@@ -33,7 +33,7 @@ test: $(STAMP) ## lint, unit and parity tests, and beside them every notebook on
 	@$(PY) -m pytest $(TWO) -m "not more" --durations=10
 
 test-more: $(STAMP) ## the slow tests that `make test` leaves out
-	@$(PY) -m pytest $(TWO) -m more --durations=10
+	@$(PY) -m pytest $(TWO) -m more --durations=10 -rs
 
 notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
 	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) -m tools.run_labs --fresh --in-place --record

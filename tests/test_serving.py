@@ -323,8 +323,8 @@ def test_the_prompt_is_the_course_s_own(model):
         ],
     ):
         wanted = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        assert form.text(messages) == dialogue(messages) == wanted
-        assert form.count(messages) == len(tokenizer(wanted)["input_ids"])
+        assert dialogue(messages) == wanted
+        assert form.prompt(messages) == (wanted, len(tokenizer(wanted)["input_ids"]))
 
 
 def test_a_template_cannot_reach_out_of_its_sandbox(model, tmp_path):
@@ -332,27 +332,36 @@ def test_a_template_cannot_reach_out_of_its_sandbox(model, tmp_path):
         (tmp_path / name).write_bytes((model / name).read_bytes())
     (tmp_path / "chat_template.jinja").write_text("{{ messages.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="template refuses"):
-        PromptFormat(tmp_path).count([{"role": "user", "content": "Hi"}])
+        PromptFormat(tmp_path).prompt([{"role": "user", "content": "Hi"}])
 
 
 def test_an_answer_without_a_limit_gets_what_fits(model):
-    engine = OwnEngine("dpo", Limits(max_tokens=300), model)
-    request = ChatRequest(messages=[{"role": "user", "content": "Hi"}])
-    assert engine.room(request) == 300
-    engine.format.context = 50
-    assert engine.room(request) == 50 - engine.format.count(request.messages)
-    asyncio.run(engine.client.aclose())
+    async def run():
+        engine = OwnEngine("dpo", Limits(max_tokens=300), model)
+        request = ChatRequest(messages=[{"role": "user", "content": "Hi"}])
+        written, tokens = await engine.prepare(request)
+        text, length = engine.format.prompt(request.messages)
+        assert tokens == 300 and written.messages == [{"role": "user", "content": text}]
+        engine.format.context = 50
+        assert (await engine.prepare(request))[1] == 50 - length
+        await engine.client.aclose()
+
+    asyncio.run(run())
 
 
 def test_a_prompt_that_leaves_no_room_is_refused(model):
-    engine = OwnEngine("dpo", Limits(), model)
-    long = [{"role": "user", "content": "What is the kettle for? " * 100}]
-    with pytest.raises(Refusal, match="Send a shorter prompt") as raised:
-        engine.room(ChatRequest(messages=long))
-    assert raised.value.code == "context_length_exceeded"
-    with pytest.raises(Refusal, match=r"Ask for at most \d+ tokens"):
-        engine.room(ChatRequest(messages=[{"role": "user", "content": "Hi"}], max_tokens=510))
-    asyncio.run(engine.client.aclose())
+    async def run():
+        engine = OwnEngine("dpo", Limits(), model)
+        long = [{"role": "user", "content": "What is the kettle for? " * 100}]
+        with pytest.raises(Refusal, match="Send a shorter prompt") as raised:
+            await engine.prepare(ChatRequest(messages=long))
+        assert raised.value.code == "context_length_exceeded"
+        short = [{"role": "user", "content": "Hi"}]
+        with pytest.raises(Refusal, match=r"Ask for at most \d+ tokens"):
+            await engine.prepare(ChatRequest(messages=short, max_tokens=510))
+        await engine.client.aclose()
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(
@@ -395,8 +404,9 @@ def test_without_batching_each_request_brings_its_own_sampling(model):
 
 
 WORKER = """
-import sys
-from http.server import BaseHTTPRequestHandler, HTTPServer
+import socketserver
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
 
 class Answers(BaseHTTPRequestHandler):
     def do_GET(self):
@@ -407,8 +417,12 @@ class Answers(BaseHTTPRequestHandler):
         self.rfile.read(int(self.headers["content-length"]))
         self.do_GET()
 
+    def log_message(self, *words):
+        pass
+
 print("hello", flush=True)
-HTTPServer(("127.0.0.1", int(sys.argv[2])), Answers).serve_forever()
+Path("socket").unlink(missing_ok=True)
+socketserver.UnixStreamServer("socket", Answers).serve_forever()
 """
 
 

@@ -58,12 +58,12 @@ def test_a_talk_that_became_too_long_loses_its_oldest_turns(bench, client, fake,
     """Room for three messages of the five."""
     from deploy.serving.limits import Refusal
 
-    def room(engine, request):
+    async def prepare(engine, request):
         if len(request.messages) > 3:
             raise Refusal(400, "context_length_exceeded", "Too long.", "messages")
-        return 10
+        return request, 10
 
-    monkeypatch.setattr("deploy.serving.engine.Engine.room", room)
+    monkeypatch.setattr("deploy.serving.engine.Engine.prepare", prepare)
     talk = [
         {"role": role, "content": str(at)}
         for at, role in enumerate(["user", "assistant"] * 2 + ["user"])

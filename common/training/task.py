@@ -100,6 +100,14 @@ class Progress:
     flops_per_token: dict[str, float] = field(default_factory=dict)
 
 
+def how_long(seconds: float, steps: int) -> str:
+    """What a run will take, by the seconds of one step; "" where that is less than a minute."""
+    if seconds * steps < 60:
+        return ""
+    minutes = f"about {seconds * steps / 60:.0f} minutes"
+    return f"{minutes} for {steps} steps of {seconds:.0f} s, held-out measures not counted"
+
+
 def row_length(row: dict, sides: tuple[str, ...]) -> int:
     """Tokens of the prompt with the longer of its answers."""
     return len(row["prompt_ids"]) + max(len(row.get(f"{side}_ids", ())) for side in sides)

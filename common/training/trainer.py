@@ -26,7 +26,7 @@ from common.packed import PATHS, checked_path
 from common.training import checkpoints, processes
 from common.training.held_out import signs_of_over_optimisation
 from common.training.reference import from_columns, reference_columns
-from common.training.task import Progress, Session, Task, padded_tokens, row_length
+from common.training.task import Progress, Session, Task, how_long, padded_tokens, row_length
 
 
 class TrainingError(RuntimeError):
@@ -123,8 +123,7 @@ class Trainer:
             row | dict(zip(columns, pair, strict=True))
             for row, pair in zip(self.rows, values, strict=True)
         ]
-        for name, value in cost.items():
-            setattr(self.progress, name, value)
+        vars(self.progress).update(cost)
         self.reference = None
 
     # --- one step
@@ -233,14 +232,15 @@ class Trainer:
         metrics = self.begin(fingerprint, session.resume)
         progress, main = self.progress, self.accelerator.is_main_process
         wall, cpu = time.perf_counter() - progress.wall, time.process_time() - progress.cpu
-        name = self.task.name
-        bar = tqdm(total=self.steps, initial=progress.step, desc=name, disable=not main)
+        bar = tqdm(total=self.steps, initial=progress.step, desc=self.task.name, disable=not main)
         with PeakMemory() as memory:
             while progress.step < self.steps and not progress.stopped_early:
                 # Next batch; loss and gradients; optimiser step.
                 rows = self.next_batch()
                 values = self.backward(rows)
                 row = self.step(rows, values)
+                if row["step"] == 2:  # the first one counted operations too
+                    self.say(how_long(time.perf_counter() - wall - progress.wall, self.steps))
                 # Measure on held-out rows.
                 last, evaluated = row["step"] == self.steps, self.evaluates_at(row["step"])
                 if evaluated:

@@ -6,7 +6,7 @@ outside this folder; nothing but `worker` imports torch.
 | `limits.py` | refusals in OpenAI's error shape, API keys, rate limit, bounded queue |
 | `chat.py` | what a client may send, and the answers in OpenAI's shape |
 | `folders.py` | is a folder a model that can be loaded safely? |
-| `prompts.py` | the token count of a list of messages |
+| `prompts.py` | a prompt as the model's template writes it, and its tokens |
 | `engine.py` | an engine that already runs: watched, and asked |
 | `own_engine.py` | the gateway's own engine: started, restarted, ended |
 | `worker.py` | the own engine's process: `transformers serve` on one folder |

@@ -146,7 +146,8 @@ def gateway_of(options: argparse.Namespace) -> Gateway:
 
 def _end_with_parent() -> None:
     """Shuts down, as on SIGTERM, once standard input is closed."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 1024):  # a buffer would be locked when Python ends
+        pass
     os.kill(os.getpid(), signal.SIGTERM)
 
 
@@ -189,6 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
     host = f"[{options.host}]" if ":" in options.host else options.host
     port = listener.getsockname()[1]
     log.info("serving %s on http://%s:%d", ", ".join(gateway.engines), host, port)
+    for sign in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again, once all is answered
+        signal.signal(sign, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing, asynccontextmanager, suppress
@@ -15,18 +14,13 @@ from deploy.serving.limits import Limits, Refusal, Slots
 
 log = logging.getLogger("deploy.serving")
 LINE_LIMIT = 1_000_000  # bytes of one line from the engine; a longer one is nonsense
+USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
 WATCH_SECONDS, HANG_SECONDS = 2.0, 30.0
 
 
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 async def whole_lines(response: httpx.Response, deadline: float) -> AsyncIterator[bytes]:
-    """The lines of a response, to its very end, so that the connection can be used again.
+    """The lines of a response, the last one too, to its very end, so that the connection can be
+    used again.
 
     Raises: TimeoutError after `deadline`, in `time.monotonic()` seconds; httpx.HTTPError for a
         response that breaks off, or a line that does not end.
@@ -36,12 +30,13 @@ async def whole_lines(response: httpx.Response, deadline: float) -> AsyncIterato
         async with asyncio.timeout(deadline - time.monotonic()):
             part = await anext(parts, None)
         if part is None:
-            return
+            break
         *lines, rest = (rest + part).split(b"\n")
         if len(rest) > LINE_LIMIT:
             raise httpx.RemoteProtocolError(f"A line of more than {LINE_LIMIT} bytes.")
         for line in lines:
             yield line
+    yield rest
 
 
 class Engine:
@@ -51,18 +46,21 @@ class Engine:
     """
 
     trust_env = True  # a proxy of the environment may lead to it
+    streams_all = True  # a foreign engine may go on with a whole answer whose client hung up
     restarts = 0
 
-    def __init__(self, name: str, limits: Limits, url: str = "", key: str | None = None):
+    def __init__(self, name: str, limits: Limits, url: str = "", key=None, uds: str | None = None):
         self.name, self.limits, self.url = name, limits, url
         self.slots, self.ready = Slots(limits.concurrency, limits.queue), asyncio.Event()
         # Idle connections are dropped before the engine drops them (uvicorn: 5 s): no request meets
         # a closed one. Each request has its own deadline.
-        pool = {"max_connections": None, "max_keepalive_connections": limits.concurrency}
+        kept = {"max_keepalive_connections": limits.concurrency, "keepalive_expiry": 2}
+        pool = httpx.Limits(max_connections=None, **kept)
         self.client = httpx.AsyncClient(
             timeout=None,
             trust_env=self.trust_env,
-            limits=httpx.Limits(**pool, keepalive_expiry=2),
+            limits=pool,
+            transport=httpx.AsyncHTTPTransport(uds=uds, limits=pool) if uds else None,
             headers={"authorization": f"Bearer {key}"} if key else {},
         )
 
@@ -106,9 +104,11 @@ class Engine:
     def check_options(self, options: dict) -> None:
         """Raises Refusal (400) for sampling options that the engine would silently ignore."""
 
-    def room(self, request: ChatRequest) -> int:
-        """Tokens that the answer may have. Raises: Refusal (400) where there is no room for it."""
-        return request.tokens or self.limits.max_tokens
+    async def prepare(self, request: ChatRequest) -> tuple[ChatRequest, int]:
+        """The request as the engine is to get it, and the tokens that the answer may have. Raises:
+        Refusal (400) where there is no room for it.
+        """
+        return request, request.tokens or self.limits.max_tokens
 
     def _body(self, request: ChatRequest, tokens: int) -> dict:
         """What is sent to the engine."""
@@ -117,30 +117,32 @@ class Engine:
         return {**own, **request.options, **usage}
 
     async def answer(
-        self, request: ChatRequest, tokens: int, deadline: float, caller: str
+        self, request: ChatRequest, deadline: float, caller: str
     ) -> AsyncIterator[dict]:
         """Pieces of the answer: {"text"} each, then {"reason", "usage"}.
 
-        It always streams from the engine, so that closing the iterator cancels the work there.
-        `deadline` is in `time.monotonic()` seconds.
+        Closing the iterator cancels the work at the engine: a stream's everywhere, so that is what
+        a foreign engine is asked for; our own one's also where the answer comes whole, which saves
+        an event per token. `deadline` is in `time.monotonic()` seconds.
         Raises: Refusal 429 (line full), 400 (the engine refused), 502 (it failed), 503 (not
             running), 504 (too slow).
         """
-        end, body = {"reason": None, "usage": None}, self._body(request, tokens) | {"stream": True}
+        end, streams = {"reason": None, "usage": None}, self.streams_all or bool(request.stream)
         again = f"The engine of {self.name} stopped in the middle of this answer. "
         again += "It is being started again: send the request once more."
         broken = Refusal(502, "engine_failed", again, retry_after=1)
         try:
-            async with (
-                self.slots.place(caller),
-                self._connected(body, deadline) as response,
-                aclosing(whole_lines(response, deadline)) as lines,
-            ):
-                async for line in lines:
-                    found = self._read_line(line)
-                    if text := found.pop("text", None):
-                        yield {"text": text}
-                    end |= found
+            async with self.slots.place(caller):
+                body = self._body(*await self.prepare(request)) | {"stream": streams}
+                async with (
+                    self._connected(body, deadline) as response,
+                    aclosing(whole_lines(response, deadline)) as lines,
+                ):
+                    async for line in lines:
+                        found = self._read_line(line)
+                        if text := found.pop("text", None):
+                            yield {"text": text}
+                        end |= found
         except TimeoutError as error:
             said = f"No whole answer within {self.limits.timeout:g} s. Ask for less, or try later."
             raise Refusal(504, "timeout", said) from error
@@ -158,12 +160,18 @@ class Engine:
             if response.status_code == 200:
                 yield response
                 return
-            said = (await response.aread()).decode(errors="replace")[:300]
+            said = b""
+            async with asyncio.timeout(deadline - time.monotonic()):
+                async for part in response.aiter_bytes():
+                    said += part
+                    if len(said) > 300:  # the rest is not waited for
+                        break
         finally:
             await response.aclose()
         engine = f"The engine of {self.name}"
         if response.status_code in (400, 413, 422):
-            raise Refusal(400, "engine_refused", f"{engine} refused the request: {said}")
+            said = f"{engine} refused the request: {said[:300].decode(errors='replace')}"
+            raise Refusal(400, "engine_refused", said)
         if response.status_code == 429:
             raise Refusal(429, "engine_busy", f"{engine} is busy. Try again.", retry_after=1)
         raise Refusal(502, "engine_failed", f"{engine} failed (status {response.status_code}).")
@@ -200,20 +208,25 @@ class Engine:
 
         Raises: Refusal (502) for an error, or for what is no chat answer.
         """
-        if not line.startswith(b"data:") or line[5:].strip() == b"[DONE]":
+        text = line.removeprefix(b"data:").strip()
+        if not line.startswith((b"data:", b"{")) or text == b"[DONE]":
             return {}
         engine = f"The engine of {self.name}"
         try:
-            found = json.loads(line[5:])
+            found = json.loads(text)
             if "error" in found:
                 said = f"{engine} failed: {str(found['error'])[:300]}"
                 raise Refusal(502, "engine_failed", said)
-            choice = (found.get("choices") or [{}])[0]
+            choice, usage = (found.get("choices") or [{}])[0], found.get("usage")
+            words = choice.get("delta") or choice.get("message") or {}
             said = {
-                "text": choice.get("delta", {}).get("content"),
+                "text": words.get("content"),
                 "reason": choice.get("finish_reason"),
-                "usage": found.get("usage"),
+                "usage": usage and {name: int(usage.get(name) or 0) for name in USAGE},
             }
+            if not all(isinstance(said[name] or "", str) for name in ("text", "reason")):
+                raise TypeError
+            json.dumps(said, ensure_ascii=False).encode()  # half a character can go nowhere
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise Refusal(502, "engine_failed", f"{engine} sent what is no chat answer.") from error
         return {name: value for name, value in said.items() if value}

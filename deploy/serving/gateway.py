@@ -139,10 +139,7 @@ class Exchange:
         engine = self.gateway.engines[self.model]
         deadline, written = self.started + self.gateway.limits.timeout, None
         try:
-            tokens = engine.room(self.request)
-            async with aclosing(
-                engine.answer(self.request, tokens, deadline, self.caller)
-            ) as answer:
+            async with aclosing(engine.answer(self.request, deadline, self.caller)) as answer:
                 async for piece in answer:
                     if "text" in piece:
                         if self.first_token_seconds is None:

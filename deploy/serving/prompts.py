@@ -1,55 +1,86 @@
-"""How many tokens a model's own template and tokenizer make of a list of messages."""
+"""A prompt as a model's own template writes it, and its tokens.
 
+A template is a program that came with the model: it runs in transformers' sandbox, in a process of
+its own with little memory and time.
+"""
+
+import math
+from contextlib import suppress
+from functools import cache, cached_property
 from pathlib import Path
 
-from jinja2.exceptions import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from deploy.serving.folders import FolderError, check_folder, read_settings
+
+PROMPT_MEMORY = 2**31  # bytes of address space; about 200 MB are taken before a prompt comes
+PROMPT_SECONDS = 2.0  # of processor time for one prompt: a busy machine refuses nobody
+PROMPT_TEXT = 1_000_000  # characters of one prompt
 
 
 class PromptFormat:
     """The chat template and tokenizer of a model folder: a prompt as its engine will see it.
 
     `context`: tokens that the model can read, None where the folder does not say; `generation`: its
-    generation settings.
+    generation settings. The template is not even compiled before the first prompt.
     Raises: FolderError for a folder that is no safe model, or has no chat template.
     """
 
     def __init__(self, folder: Path):
         check_folder(folder)
-        config = read_settings(folder / "config.json")
+        self.folder, config = folder, read_settings(folder / "config.json")
         names = ("max_position_embeddings", "n_positions", "n_ctx")
         self.context: int | None = next((config[name] for name in names if config.get(name)), None)
         self.generation = read_settings(folder / "generation_config.json")
         settings = read_settings(folder / "tokenizer_config.json")
-        source, template = settings.get("chat_template"), folder / "chat_template.jinja"
-        if template.exists():
-            source = template.read_text(encoding="utf-8")
-        if not isinstance(source, str):
+        self.template, file = settings.get("chat_template"), folder / "chat_template.jinja"
+        if file.exists():
+            self.template = file.read_text(encoding="utf-8")
+        if not isinstance(self.template, str):
             raise FolderError(f"{folder} has no chat template. Save its tokenizer with one.")
         self.special = {
             name: value["content"] if isinstance(value, dict) else value
             for name, value in settings.items()
-            if name.endswith("_token")
+            if name.endswith("_token") and isinstance(value, str | dict)
         }
-        # As transformers renders templates.
-        sandbox = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-        )
-        self.template = sandbox.from_string(source)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
-    def text(self, messages: list[dict]) -> str:
-        """The prompt as text. Raises: ValueError if the template refuses these messages."""
-        variables = {**self.special, "messages": messages, "add_generation_prompt": True}
+    @cached_property
+    def _tools(self):
+        """What renders, and what counts: large, and loaded only where prompts are written."""
+        from transformers.utils.chat_template_utils import render_jinja_template  # without torch
+
+        return render_jinja_template, Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+
+    def prompt(self, messages: list[dict]) -> tuple[str, int]:
+        """The prompt as text, and its tokens. Raises: ValueError if the template refuses these
+        messages, fails, or writes too much.
+        """
+        render, tokenizer = self._tools
+        options = {"add_generation_prompt": True, **self.special}
         try:
-            return self.template.render(variables)
-        except TemplateError as error:
-            said = f"The model's chat template refuses these messages: {error}"
-            raise ValueError(said) from error
+            [text], _ = render([messages], chat_template=self.template, **options)
+        except Exception as error:  # whatever a program can raise
+            said = f"The model's chat template refuses these messages: {error or repr(error)}"
+            raise ValueError(said[:300]) from error
+        if len(text) > PROMPT_TEXT:
+            raise ValueError(
+                f"The model's chat template writes more than {PROMPT_TEXT} characters."
+            )
+        return text, len(tokenizer.encode(text, add_special_tokens=False))
 
-    def count(self, messages: list[dict]) -> int:
-        """Tokens of the prompt. Raises: ValueError if the template refuses these messages."""
-        return len(self.tokenizer.encode(self.text(messages), add_special_tokens=False))
+
+_format = cache(PromptFormat)
+
+
+def prompt_of(folder: Path, messages: list[dict]) -> tuple[str, int]:
+    """`PromptFormat.prompt`, in a process that ends over a prompt that takes too long."""
+    form = _format(folder)
+    assert form._tools  # loaded now: their time is not the template's
+    with suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        used, most = resource.getrusage(resource.RUSAGE_SELF), resource.RLIM_INFINITY
+        resource.setrlimit(resource.RLIMIT_AS, (PROMPT_MEMORY, PROMPT_MEMORY))
+        end = math.ceil(used.ru_utime + used.ru_stime + PROMPT_SECONDS)
+        resource.setrlimit(resource.RLIMIT_CPU, (end, most))
+    return form.prompt(messages)
