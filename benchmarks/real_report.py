@@ -190,7 +190,8 @@ def _verdict_rows(claims: dict[str, dict]) -> list[list[str]]:
     rows = []
     for claim, found in claims.items():
         finding = Finding(**found)
-        rows.append([claim, _cell(found, 3), f"{finding.p:.4f}", f"**{finding.verdict}**"])
+        p = "< .0001" if finding.p < 1e-4 else f"{finding.p:.4f}"
+        rows.append([claim, _cell(found, 3), p, f"**{finding.verdict}**"])
     return rows
 
 
