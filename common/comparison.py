@@ -25,10 +25,10 @@ from common.data import load_pairs
 from common.evaluation import Answer, Sampling, WinRate, seed_interval
 from common.io.files import write_json
 from common.io.fingerprints import digest, source_digest
-from common.judges import Judge, RewardJudge, RuleJudge, head_to_head
+from common.judges import Judge, RewardJudge, RuleJudge, head_to_head, on_topic
 from common.lab import BrokenLineage, Lab, stage_of
 from common.models import is_tiny
-from common.profiles import Profile
+from common.profiles import INSTRUCTIONS, Profile
 from common.toyworld import World
 from common.training import Run, Source, train
 
@@ -146,7 +146,12 @@ def measure(lab: Lab, model, reference) -> tuple[dict, list[list[Answer]]]:
     base = evaluation.logps_of(reference, lab.test_pairs, batch)
     shared = evaluation.preference_metrics(policy, base)
     kl = evaluation.kl_on_samples(model, reference, answers, batch)
-    seen = evaluation.text_measures(answers, lab.data.world)
+    topical, world = None, lab.data.world
+    if profile.data == INSTRUCTIONS:
+        asked = [a for a in sum(answers, []) if world.question(a.prompt).kind != "harmful"]
+        said = [(a.prompt, a.text) for a in asked]
+        topical = dict(zip(said, on_topic(reference, lab.tokenizer, said, batch), strict=True))
+    seen = evaluation.text_measures(answers, world, topical)
     return {"perplexity": evaluation.perplexity(policy.chosen), "kl": kl, **shared, **seen}, answers
 
 
@@ -194,11 +199,16 @@ def _over_seeds(values: list, name: str = "") -> tuple:
     """(mean, standard deviation) of numbers, None where one is unknown; of dicts key by key."""
     first = values[0]
     if isinstance(first, dict):
-        if name != "flaws" and any(value.keys() != first.keys() for value in values):
+        if name not in ("flaws", "kinds_met") and any(
+            value.keys() != first.keys() for value in values
+        ):
             raise ValueError("These reports hold different entries: they cannot be averaged.")
         keys = dict.fromkeys(key for value in values for key in value if key != "std")
-        # A flaw that a seed never showed has share 0 there.
-        found = {key: _over_seeds([value.get(key, 0.0) for value in values], key) for key in keys}
+        # A flaw that a seed never showed has share 0 there; a kind it never asked for has none.
+        found = {}
+        for key in keys:
+            own = [value.get(key, 0.0) for value in values if name == "flaws" or key in value]
+            found[key] = _over_seeds(own, key)
         return tuple({key: pair[place] for key, pair in found.items()} for place in (0, 1))
     if None in values:
         return None, None

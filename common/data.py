@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common.io.cleaning import CleaningReport, clean, numbered, usable
 from common.io.formats import DataError, Unusable, read_demonstration, read_pair
 from common.io.templates import conversation, prompt_text, reads_transcripts
-from common.profiles import WORLD, Profile
+from common.profiles import INSTRUCTIONS, WORLD, Profile
 from common.toyworld import World
 
 
@@ -248,16 +248,16 @@ class LabData:
     test: Dataset  # the same, held out
     prompts: list[str]  # held-out evaluation prompts
     reports: dict[str, CleaningReport]
-    world: World | None = None
+    world: World | None = None  # or `common.instructions.Instructions`
 
 
 def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
-    """The data of a profile: the embedded world, or LAB_DATA (and LAB_SFT_DATA), or HH-RLHF.
+    """The data of a profile: an embedded world, or LAB_DATA (and LAB_SFT_DATA), or HH-RLHF.
 
     All go through the same readers. Raises: DataError, as `load_pairs`.
     """
-    if profile.data == WORLD:
-        return _world_data(World(profile.objects, seed), profile)
+    if profile.data in (WORLD, INSTRUCTIONS):
+        return _embedded(profile, seed)
     train, report = load_pairs(profile.data, "train", profile.pairs)
     test, test_report = load_pairs(profile.data, "test")
     chosen = drawn(range(len(test)), profile.held_out)
@@ -276,17 +276,27 @@ def load_lab_data(profile: Profile, seed: int = 0) -> LabData:
     return LabData(name, texts, demonstrations, train, test, prompts, reports)
 
 
-def _world_data(world: World, profile: Profile) -> LabData:
+def _embedded(profile: Profile, seed: int) -> LabData:
     if profile.sft_data:
-        advice = "the embedded world has its own demonstrations."
+        advice = "an embedded world has its own demonstrations."
         raise DataError(f"LAB_SFT_DATA goes with LAB_DATA: {advice}")
+    if profile.data == WORLD:
+        world = World(profile.objects, seed)
+        texts = world.plain_text(profile.plain_lines)
+        shown = world.demonstrations(profile.demonstrations)
+        shown = [{"prompt": row["prompt"], "chosen": row["response"]} for row in shown]
+    else:
+        from common.instructions import Instructions
+
+        # Verified answers only. There is nothing to pre-train on: the model is pre-trained.
+        world, texts = Instructions(seed), []
+        shown = load_pairs(world.pairs(profile.pairs, flaw_rate=0.0))[0]
+        shown = shown.select_columns(["prompt", "chosen"]).to_list()
     train, report = load_pairs(world.pairs(profile.pairs))
     test, test_report = load_pairs(world.held_out_pairs(profile.held_out))
-    shown = world.demonstrations(profile.demonstrations)
-    shown = [{"prompt": row["prompt"], "chosen": row["response"]} for row in shown]
     return LabData(
-        name=WORLD,
-        texts=world.plain_text(profile.plain_lines),
+        name=profile.data,
+        texts=texts,
         demonstrations=Dataset.from_list(shown),
         train=train,
         test=test,

@@ -15,7 +15,6 @@ from common.data import collate, left_padded, tokenize_prompt
 from common.logprobs import PairLogps, SideLogps, response_logps
 from common.losses import share_positive
 from common.models import answers_at_once
-from common.toyworld import World
 
 BETA = 0.1  # scale of `reward_margin` in reports, whatever beta a model was trained with
 
@@ -182,12 +181,13 @@ def kl_on_samples(model, reference, answers: list[list[Answer]], batch_size: int
     return float((policy - base).mean())
 
 
-def text_measures(answers: list[list[Answer]], world: World | None) -> dict[str, float]:
-    """Length of the answers, how many ended with EOS, and their quality by the world's rule.
+def text_measures(answers: list[list[Answer]], world, topical: dict | None = None) -> dict:
+    """Length of the answers, how many ended with EOS, and their quality by a world's rule.
 
-    helpfulness, harmlessness and relevance are on the rule's 1-5 scale; `safe_on_harmful`,
-    `over_refusal` and the `flaws` are shares of the answers they apply to. None: no answer was of
-    that kind. Without a world there is no rule, and the measures of quality are left out.
+    In the toy world helpfulness, harmlessness and relevance are on a 1-5 scale; all else is a share
+    of the answers it applies to, but for the score, which goes to 10. None: no answer was of that
+    kind, or this world has no such measure. Without a world there is none of them.
+    Args: `topical`: {(prompt, text): is it likelier under its own question?}, of `judges.on_topic`.
     """
     flat = [answer for group in answers for answer in group]
     measures = {
@@ -196,18 +196,30 @@ def text_measures(answers: list[list[Answer]], world: World | None) -> dict[str,
     }
     if world is None:
         return measures
-    verdicts = [world.judge(answer.prompt, answer.text) for answer in flat]
-    harmful = [world.question(answer.prompt).kind == "harmful" for answer in flat]
-    asked = [verdict for verdict, bad in zip(verdicts, harmful, strict=True) if not bad]
-    attacks = [verdict for verdict, bad in zip(verdicts, harmful, strict=True) if bad]
+    asked, attacks = [], []  # what the rule says of answers to questions and to requests for harm
+    relevance = []
+    for answer in flat:
+        verdict = world.judge(answer.prompt, answer.text)
+        harmful = world.question(answer.prompt).kind == "harmful"
+        (attacks if harmful else asked).append(verdict)
+        if topical is None:
+            relevance.append(verdict.relevance)
+        elif not harmful:
+            relevance.append(verdict.relevance * topical[answer.prompt, answer.text])
+    verdicts = asked + attacks
     flaws = Counter(flaw for verdict in verdicts for flaw in verdict.flaws)
+    checks = [verdict.met for verdict in asked if verdict.met]
+    kinds = {kind: [met[kind] for met in checks if kind in met] for met in checks for kind in met}
     return measures | {
         "score": _mean([verdict.score for verdict in verdicts]),
-        "helpfulness": _mean([verdict.helpfulness for verdict in asked]),
-        "harmlessness": _mean([verdict.harmlessness for verdict in verdicts]),
-        "relevance": _mean([verdict.relevance for verdict in verdicts]),
+        "helpfulness": _mean([v.helpfulness for v in asked if v.helpfulness is not None]),
+        "harmlessness": _mean([v.harmlessness for v in verdicts if v.harmlessness is not None]),
+        "relevance": _mean(relevance),
         "safe_on_harmful": _mean([not verdict.complied for verdict in attacks]),
         "over_refusal": _mean([verdict.refused for verdict in asked]),
+        "constraints_met": _mean([np.mean(list(met.values())) for met in checks]),
+        "all_met": _mean([all(met.values()) for met in checks]),
+        "kinds_met": {kind: _mean(met) for kind, met in sorted(kinds.items())},
         "flaws": {name: count / len(flat) for name, count in sorted(flaws.items())},
     }
 

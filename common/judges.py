@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from common.data import collate, tokenize_response
-from common.evaluation import Answer, WinRate, win_rate
+from common.evaluation import Answer, WinRate, logps_of, win_rate
+from common.io.formats import as_prompt
 from common.losses import bradley_terry_loss, share_positive
 from common.toyworld import World
 
@@ -96,6 +97,28 @@ class RewardJudge:
                 rows.append({"prompt_ids": prompt_ids, "chosen_ids": answer_ids})
             self.known |= zip(new, self._scores(rows, "chosen").tolist(), strict=True)
         return [int(np.sign(self.known[first] - self.known[second])) for first, second in pairs]
+
+
+def on_topic(model, tokenizer, answers: list[tuple[str, str]], batch_size=64) -> list[bool]:
+    """Is each (prompt, answer) of the instruction world likelier under its own question?
+
+    Compared is the same question about another topic, both without their constraints. The model is
+    the one that training started from: an aligned one may have learned to like its own answers.
+    """
+    from common.instructions import ALL, instruction
+
+    limit = getattr(model.config, "max_position_embeddings", None) or 10**9
+    rows = []
+    for prompt, answer in answers:
+        found = instruction(prompt)
+        pool = list(ALL["lookalikes" if found.kind == "lookalike" else "topics"][found.split])
+        other = pool[(pool.index(found.about) + len(pool) // 2) % len(pool)]
+        for asked in (found.asked, found.asked.replace(found.about, other)):
+            asked, said = as_prompt(asked), f" {answer.strip()}"
+            prompt_ids, answer_ids, _ = tokenize_response(asked, said, tokenizer, limit)
+            rows.append({"prompt_ids": prompt_ids, "chosen_ids": answer_ids})
+    own, elsewhere = logps_of(model, rows, batch_size).chosen.sums.reshape(-1, 2).T
+    return (own > elsewhere).tolist()
 
 
 def compare(judge: Judge, first: list[list[Answer]], second: list[list[Answer]]) -> list[list[int]]:

@@ -57,6 +57,7 @@ class Verdict:
     relevance: float  # 1..5
     refused: bool
     complied: bool  # with a harmful request
+    met = None  # only `common.instructions` has constraints
 
 
 @lru_cache(4096)

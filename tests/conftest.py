@@ -18,6 +18,7 @@ LONGEST = [
     "test_training",
     "test_serving_engine",
     "test_serving_faults",
+    "test_serving_load",
 ]
 
 for name in [name for name in os.environ if name.startswith("LAB_")]:

@@ -166,8 +166,10 @@ def test_evaluation_prompts_have_the_stated_shares_and_the_seed_chooses_them():
 
 
 def test_asking_for_more_prompts_than_there_are_is_a_clear_error():
-    with pytest.raises(ValueError, match="harmful ones end first. Ask for fewer"):
-        list(Instructions().prompts("test", "any", {"harmful": 1.0}))
+    with pytest.raises(ValueError, match="held-out prompts: ask for fewer"):
+        Instructions().questions(2000)
+    every = list(Instructions().prompts("test", "any", {"harmful": 1.0}))
+    assert len(every) == len(ALL["puts"]) * sum(map(len, ALL["harm"]["test"].values()))
 
 
 # The rule

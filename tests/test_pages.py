@@ -31,7 +31,9 @@ def wrong_names(page: Path, root: Path = ROOT) -> list[str]:
     for path in re.findall(rf"`((?:{'|'.join(OURS)}|tests|docs|configs)/[\w./-]+)`", text):
         if not (root / path).exists():
             wrong.append(f"path {path}")
-    return wrong
+    tests = "".join(path.read_text(encoding="utf-8") for path in root.glob("tests/test_*.py"))
+    named = re.findall(r"`(test_\w+)`", text)
+    return wrong + [f"test {name}" for name in named if f"def {name}(" not in tests]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
@@ -42,12 +44,15 @@ def test_a_page_names_only_what_is_there(page):
 def test_each_kind_of_wrong_name_is_found(tmp_path):
     (tmp_path / "Makefile").write_text("test: ## run\n")
     page = tmp_path / "page.md"
-    page.write_text("[a](gone.md) `python -m common.gone` `make gone` `deploy/gone.py` `make test`")
+    page.write_text(
+        "[a](gone.md) `python -m common.gone` `make gone` `deploy/gone.py` `make test` `test_gone`"
+    )
     assert wrong_names(page, tmp_path) == [
         "link gone.md",
         "python -m common.gone",
         "make gone",
         "path deploy/gone.py",
+        "test test_gone",
     ]
 
 

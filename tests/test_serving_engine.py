@@ -5,6 +5,7 @@ OpenAI's client.
 import asyncio
 import os
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -290,15 +291,16 @@ def state(process: int) -> str:
 
 def test_without_batching_the_temperature_is_each_request_s_own(folder, tmp_path, greedy):
     """Two sampled answers at temperature 2 differ from each other; temperature 0 gives the greedy
-    one again.
+    one again. The model's name is beyond Latin-1, from its folder to the header of an answer.
     """
-    store = ("--store", str(tmp_path / "store.sqlite"))
-    with serving("--model", str(folder), "--no-batching", *store) as service:
+    store, named = ("--store", str(tmp_path / "store.sqlite")), tmp_path / "模型"
+    shutil.copytree(folder, named)
+    with serving("--model", str(named), "--no-batching", *store) as service:
         client = OpenAI(base_url=service.url, api_key="none", max_retries=0)
 
         def ask(**more) -> str:
             return (
-                client.chat.completions.create(**asked(QUESTIONS[5], **more))
+                client.chat.completions.create(**asked(QUESTIONS[5], **more) | {"model": "模型"})
                 .choices[0]
                 .message.content
             )

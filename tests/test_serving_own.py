@@ -160,6 +160,12 @@ def test_without_unix_sockets_the_engine_wants_a_key(model, monkeypatch):
     asyncio.run(run())
 
 
+def test_without_unix_sockets_an_engine_that_ends_at_once_says_so(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(own_engine, "UNIX", False)
+    dead_worker(tmp_path, "raise SystemExit(3)", monkeypatch)
+    assert asyncio.run(started(OwnEngine("dpo", Limits(), model))) == []
+
+
 # Templates and prompts, before the engine is asked.
 
 

@@ -71,7 +71,7 @@ class OwnEngine(Engine):
                 try:
                     await self._start()
                     await self._watch()
-                except (OSError, httpx.HTTPError, RuntimeError, ValueError) as error:
+                except (OSError, httpx.HTTPError, RuntimeError) as error:
                     log.warning("engine %s: %s", self.name, error)
                 await self._stop()
                 self.restarts += 1
@@ -118,7 +118,8 @@ class OwnEngine(Engine):
         )
         if self.key:  # known to the two alone: no list of processes shows it
             self.process.stdin.write(f"{self.key}\n".encode())
-            self.url = f"http://127.0.0.1:{int(await self.process.stdout.readline())}"
+            port = (await self.process.stdout.readline()).strip()
+            self.url = f"http://127.0.0.1:{int(port) if port.isdigit() else 0}"
         self.reading = asyncio.create_task(self._read(self.process.stdout))
         async with asyncio.timeout(START_SECONDS):
             while not await self._healthy(2):
