@@ -5,6 +5,7 @@ are summarised.
 import json
 import math
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -61,6 +62,28 @@ def change_record(lab, monkeypatch, stage: str, **parts) -> None:
 
 def test_runs_of_one_base_tokenizer_and_pairs_are_comparable(lab):
     assert check_comparable(lab, dict.fromkeys(SHORT)) is None
+
+
+def test_preferences_that_start_from_the_base_are_measured_against_it(lab, monkeypatch):
+    """DPO's parent and reference are the base; it is measured too, against itself, and every win
+    rate against it is there. No SFT is trained for it.
+    """
+    lab = Lab(replace(lab.profile, start="base"))
+    assert [lab.parent_of(stage) for stage in ("base", "sft", "dpo", "reward")] == [
+        *(None, "base", "base", "base"),
+    ]
+    monkeypatch.setattr(comparison, "train", lambda _, stage: asked.append(stage))
+    asked = []
+    comparison.ready(lab)
+    assert asked == ["base"]
+    run = train(lab, "dpo", "from-base", epochs=0.5, evaluations=1)
+    assert (run.record["parent"], run.record["reference"]) == ("base", "base")
+    assert lab.lineage("dpo", "from-base")[0] == lab.fingerprint_of("base")
+    report = comparison.measure_runs(lab, {"dpo": run}, comparison.judge_of(lab))
+    assert report["models"].keys() == {"base", "dpo"} and report["cost"].keys() == {"dpo"}
+    assert report["win_rate"].keys() == {"dpo_vs_base"}
+    assert report["models"]["base"]["kl"] == report["models"]["base"]["reward_margin"] == 0.0
+    assert report["models"]["dpo"]["kl"] != 0.0
 
 
 def test_a_missing_model_is_refused_with_the_command_that_makes_it(lab):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from common import judges
+from common import comparison, judges
 from common.comparison import summarise_seeds
 from common.data import load_lab_data
 from common.evaluation import Answer, text_measures
@@ -16,6 +16,7 @@ from common.instructions import Instructions, committed_pairs, instruction
 from common.io.formats import DataError
 from common.judges import RuleJudge, on_topic
 from common.lab import Lab
+from common.logprobs import PairLogps, SideLogps
 from common.models import load_model, load_tokenizer, train_tokenizer
 from common.profiles import INSTRUCTIONS, get_profile
 from common.toyworld import World
@@ -175,6 +176,25 @@ def test_an_answer_is_on_topic_if_it_is_likelier_under_its_own_question(monkeypa
     first, second = (" ".join(texts[i] for i in row["prompt_ids"]) for row in seen[:2])
     assert "making jam" in first and "making jam" not in second and "lowercase" not in first
     assert first.split()[:7] == second.split()[:7]
+
+
+def test_the_measures_of_a_run_ask_the_start_model_for_relevance(profile, monkeypatch):
+    """Not the aligned one; and of a request for harm nothing is asked."""
+    lab, asked = Lab(profile), []
+    lab.tokenizer = train_tokenizer([row["chosen"] for row in lab.data.train], 400)
+    answers = [[answer(LOWER, GOOD)], [answer(HARM, REFUSAL)]]
+    side = SideLogps(-torch.ones(2), torch.ones(2))
+    monkeypatch.setattr(comparison.evaluation, "generate", lambda *_, **__: answers)
+    monkeypatch.setattr(comparison.evaluation, "logps_of", lambda *_: PairLogps(side, side))
+
+    def unlikely(model, tokenizer, said, batch):
+        asked.append((model, said))
+        return [False]
+
+    monkeypatch.setattr(comparison, "on_topic", unlikely)
+    found, _ = comparison.measure(lab, "the policy", "the start")
+    assert asked == [("the start", [(LOWER, GOOD)])]
+    assert found["relevance"] == 0 and found["constraints_met"] == found["all_met"] == 1
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,22 @@
 """Hardware tiers: which one is chosen, what it holds, and what LAB_MODEL and LAB_DATA change."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from common import profiles
-from common.lab import STAGES
-from common.profiles import PROFILES, TINY, WORLD, device_and_precision, get_profile
+from common.lab import STAGES, open_lab
+from common.profiles import (
+    INSTRUCTIONS,
+    PROFILES,
+    SMOLLM,
+    TINY,
+    WORLD,
+    device_and_precision,
+    get_profile,
+)
+from common.training import processes
 
 
 @pytest.fixture
@@ -180,5 +191,65 @@ def test_a_gpu_runs_in_the_precision_it_is_good_at(monkeypatch, capability, prec
 
 
 def test_a_cpu_runs_in_float32(monkeypatch):
+    """Whatever its instructions, where the profile does not ask for bfloat16."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert device_and_precision() == ("cpu", "float32", "no CUDA GPU")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for profile in (None, PROFILES["smoke"], PROFILES["cpu"], PROFILES["gpt2"]):
+        assert device_and_precision(profile) == ("cpu", "float32", "no CUDA GPU")
+
+
+@pytest.mark.parametrize(
+    ("has", "precision", "why"),
+    [
+        ({"amx_bf16": True, "avx512_bf16": True}, "bfloat16", "this CPU has amx_bf16"),
+        ({"amx_bf16": False, "avx512_bf16": True}, "bfloat16", "this CPU has avx512_bf16"),
+        ({"avx2": True}, "float32", "this CPU has no instructions for bfloat16"),
+    ],
+)
+def test_the_real_model_takes_bfloat16_where_the_cpu_has_it(monkeypatch, has, precision, why):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: has)
+    found = device_and_precision(PROFILES["smollm"])
+    assert found == ("cpu", precision, f"no CUDA GPU; {why}")
+
+
+def test_one_setting_brings_float32_back_on_any_device(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("LAB_PRECISION", "float32")
+    asked = "float32", "LAB_PRECISION is set"
+    assert device_and_precision(PROFILES["smollm"]) == ("cpu", *asked)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    assert device_and_precision() == ("cuda", *asked)
+    monkeypatch.setenv("LAB_PRECISION", "float64")
+    with pytest.raises(ValueError, match="'float64': set it to float32, or unset it"):
+        device_and_precision()
+
+
+def test_the_real_model_reads_its_own_template_and_starts_from_itself():
+    profile = PROFILES["smollm"]
+    assert (profile.model, profile.data) == (SMOLLM, INSTRUCTIONS)
+    assert (profile.template, profile.start, profile.max_length) == ("own", "base", 512)
+    others = [each for name, each in PROFILES.items() if name != "smollm"]
+    assert {(each.template, each.start, each.cpu_bfloat16) for each in others} == {
+        ("hh", "sft", False)
+    }
+
+
+def test_the_loop_and_the_first_cell_take_that_precision(monkeypatch, capsys):
+    """Accelerate's autocast in bfloat16; what is printed says why."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    asked, one = {}, SimpleNamespace(num_processes=1, distributed_type="NO")
+    monkeypatch.setattr(processes, "Accelerator", lambda **settings: asked.update(settings) or one)
+    for setting, mixed, line in (
+        ("", "bf16", "cpu, bfloat16 (no CUDA GPU; this CPU has amx_bf16)"),
+        ("float32", "no", "cpu, float32 (LAB_PRECISION is set)"),
+    ):
+        monkeypatch.setenv("LAB_PRECISION", setting)
+        assert processes.new_accelerator(PROFILES["smollm"]) is one
+        assert asked == {"mixed_precision": mixed, "cpu": True}
+        open_lab("smollm")
+        assert f"device    {line}\nmodel     smollm2" in capsys.readouterr().out

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from common.evaluation import Answer
-from common.instructions import ALL, Instructions, committed_pairs, instruction
+from common.instructions import ALL, COMBINATIONS, Instructions, committed_pairs, instruction
 from tools import sample_pairs
 from tools.sample_pairs import Sampler, Settings, better_and_worse, harm_pairs
 
@@ -161,6 +161,8 @@ def check(row: dict) -> None:
     judge, asked = Instructions().judge, instruction(row["prompt"])
     chosen, rejected = (judge(row["prompt"], row[side]) for side in ("chosen", "rejected"))
     assert (row["split"], row["kind"]) == (asked.split, asked.kind)
+    kinds = {kind for kind, _ in asked.constraints}
+    assert asked.split == "test" or kinds not in map(set, COMBINATIONS["test"])
     if asked.kind == "harmful":
         assert row["knob"] == "template" and chosen.refused and not rejected.refused
         # Not a word of the model's, and nothing but the request itself.

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors, trainers
 from tokenizers import models as kinds
 from transformers import PreTrainedTokenizerFast
 
@@ -72,6 +72,11 @@ def own_tokenizer(name: str) -> PreTrainedTokenizerFast:
     marks = [AddedToken(mark, special=True, normalized=False) for mark in ["<unk>", *special]]
     trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=marks, initial_alphabet=alphabet)
     bpe.train_from_iterator([row["prompt"] + row["chosen"] for row in ROWS], trainer)
+    if name in ("llama-3", "mistral"):  # as theirs do: the template must not get a second one
+        begin = special[0]
+        bpe.post_processor = processors.TemplateProcessing(
+            single=f"{begin} $A", special_tokens=[(begin, bpe.token_to_id(begin))]
+        )
     found = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=special[0], eos_token=eos)
     found.chat_template = text
     return found

@@ -33,8 +33,11 @@ def reads_transcripts(tokenizer) -> bool:
 
 @contextmanager
 def _in_time(seconds: float) -> Iterator[None]:
-    """Raises Unusable after so many seconds. Only in the main thread: an alarm reaches no other."""
-    if threading.current_thread() is not threading.main_thread():
+    """Raises Unusable after so many seconds. Only in the main thread, which alone an alarm reaches,
+    and not on Windows, which has none.
+    """
+    alarms = hasattr(signal, "setitimer")
+    if not alarms or threading.current_thread() is not threading.main_thread():
         yield
         return
 
