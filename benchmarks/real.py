@@ -33,13 +33,11 @@ from common.profiles import ROOT, get_profile
 from common.training import Source, train
 from tools.align import prose_perplexity
 from tools.machine import describe_machine
-from tools.tables import RESULTS_FOLDER
 
 PLAN = ROOT / "docs" / "real-model-plan.md"
-FOLDER = RESULTS_FOLDER / "real"
 SEEDS = (11, 12, 13, 14, 15)
 TUNING_SEED, TUNING_PROMPTS, TUNING_PAIRS = 0, 96, 256
-PAIRS, FEW_PAIRS = 704, 256  # of an arm: 44 steps of 16; of the side study: 16 steps
+ARM_PAIRS, SIDE_PAIRS = 704, 256  # of an arm: 44 steps of 16; of the side study: 16 steps
 RATES = {  # five for every arm: the same effort
     "dpo_plain": (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5),
     "dpo": (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5),
@@ -58,12 +56,12 @@ class Trial:
 
     stage: str
     knob: float = 0.3
-    pairs: int = PAIRS
+    pairs: int = ARM_PAIRS
     changes: dict = field(default_factory=dict)
     choose: Callable[[Dataset], Dataset] | None = None
 
 
-ARMS = {
+TRIALS = {
     "dpo_plain": Trial("dpo_plain"),
     "dpo": Trial("dpo"),
     "orpo": Trial("orpo"),
@@ -92,7 +90,7 @@ def shorter_chosen(pairs: Dataset) -> Dataset:
 def of_substance(pairs: Dataset) -> Dataset:
     """The shortest chosen answers again, of all constraints, those for substance included."""
     rows = [row for row in pairs if instruction(row["prompt"]).constraints]
-    return Dataset.from_list(sorted(rows, key=_log_ratio)[:: max(1, len(rows) // FEW_PAIRS)])
+    return Dataset.from_list(sorted(rows, key=_log_ratio)[:: max(1, len(rows) // SIDE_PAIRS)])
 
 
 def of_similar_length(pairs: Dataset) -> Dataset:
@@ -101,9 +99,9 @@ def of_similar_length(pairs: Dataset) -> Dataset:
     return Dataset.from_list(sorted(rows, key=lambda row: abs(_log_ratio(row))))
 
 
-def remedies(rate: float) -> dict[str, Trial]:
+def length_trials(rate: float) -> dict[str, Trial]:
     """Length hacking, and four remedies that each change one thing. `rate`: of plain DPO."""
-    few = {"knob": 0.3, "pairs": FEW_PAIRS}
+    few = {"knob": 0.3, "pairs": SIDE_PAIRS}
     fast = {"lr": 2 * rate}
     return {
         "hacked": Trial("dpo_plain", changes=fast, choose=shorter_chosen, **few),
@@ -126,7 +124,7 @@ def plan_digest() -> str:
 
 def pairs_of(lab: Lab, trial: Trial) -> Dataset:
     """The training pairs of an arm: of all that there are at this knob, the chosen ones."""
-    count = trial.pairs if trial.choose is None else PAIRS
+    count = trial.pairs if trial.choose is None else ARM_PAIRS
     pairs = load_pairs(lab.data.world.pairs(count, flaw_rate=trial.knob))[0]
     if trial.choose:
         pairs = trial.choose(pairs)
@@ -158,7 +156,7 @@ def run_trial(lab: Lab, name: str, trial: Trial, start) -> tuple[dict, list[list
 class Seed:
     """The file of one seed: what it holds is kept, what is missing is run."""
 
-    def __init__(self, seed: int, folder: Path = FOLDER):
+    def __init__(self, seed: int, folder: Path = real_report.FOLDER):
         self.path, self.plan = folder / f"seed-{seed}.json", plan_digest()
         self.record = {"seed": seed, "plan": self.plan, "machine": describe_machine(), "arms": {}}
         if self.path.exists():
@@ -192,7 +190,7 @@ class Seed:
                 continue
             print(f"seed {self.record['seed']}, {name}", flush=True)
             arm, answers = run_trial(self.lab, name, trial, self.start)
-            others = [other for other in self.record["arms"] if other in ("start", *ARMS)]
+            others = [other for other in self.record["arms"] if other in ("start", *TRIALS)]
             arm["win_rate"] = {
                 other: head_to_head(judge, answers, self.answers(other)).rate for other in others
             }
@@ -208,7 +206,7 @@ def tuning_lab() -> Lab:
 
 def tune() -> dict:
     """Five rates for each method, on one seed. The file says which one is best, and by what."""
-    path, lab = FOLDER / "tuning.json", tuning_lab()
+    path, lab = real_report.FOLDER / "tuning.json", tuning_lab()
     found = {"plan": plan_digest(), "machine": describe_machine(), "runs": {}}
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -242,20 +240,20 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="recompute, compare, run nothing")
     given = parser.parse_args(arguments)
     if given.check:
-        return real_report.check()
+        return real_report.check_results()
     try:
         if given.tune:
             print(json.dumps(tune()["best"], indent=1))
         elif given.remedies:
             rate = get_profile("smollm").recipes["dpo_plain"].lr
-            Seed(SEEDS[0]).run(remedies(rate))
+            Seed(SEEDS[0]).run(length_trials(rate))
         else:
             for seed in given.seeds:
-                Seed(seed).run(ARMS)
+                Seed(seed).run(TRIALS)
     except (PlanError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    real_report.write()
+    real_report.write_results()
     return 0
 
 

@@ -13,7 +13,7 @@ from tools.tables import GB, RESULTS_FOLDER, in_chinese, machine_line, markdown_
 
 FOLDER = RESULTS_FOLDER / "real"
 RESULTS = RESULTS_FOLDER / "real.json"
-PAGES = {
+REAL_PAGES = {
     "real-model.md": lambda text: text,
     "real-model.zh-TW.md": in_chinese,
 }
@@ -33,7 +33,7 @@ SIDE_NAMES = {
     "nll": "the NLL term",
     "lower_rate": "a quarter of the rate",
 }
-SHOWN = {  # measure: its title, decimals
+COLUMNS = {  # measure: its title, decimals
     "constraints_met": ("constraints met", 3),
     "all_met": ("all met", 3),
     "relevance": ("relevance", 3),
@@ -134,7 +134,7 @@ def summary(seeds: list[dict]) -> dict:
             name: asdict(over_seeds(_values(complete, arm, name)))
             if len(complete) > 1
             else {"mean": _values(complete, arm, name)[0], "ci95": None}
-            for name in SHOWN
+            for name in COLUMNS
         }
         for arm in ARM_NAMES
     }
@@ -165,7 +165,7 @@ def summary(seeds: list[dict]) -> dict:
     if side:
         names = ["start", *(name for name in SIDE_NAMES if name in side["arms"])]
         found["remedies"] = {
-            name: {key: side["arms"][name]["measures"][key] for key in SHOWN} for name in names
+            name: {key: side["arms"][name]["measures"][key] for key in COLUMNS} for name in names
         }
     return found
 
@@ -196,9 +196,9 @@ def _verdict_rows(claims: dict[str, dict]) -> list[list[str]]:
 
 
 def _tables(found: dict) -> list[str]:
-    header = ["arm", *(title for title, _ in SHOWN.values())]
+    header = ["arm", *(title for title, _ in COLUMNS.values())]
     rows = [
-        [ARM_NAMES[arm], *(_cell(values[name], digits) for name, (_, digits) in SHOWN.items())]
+        [ARM_NAMES[arm], *(_cell(values[name], digits) for name, (_, digits) in COLUMNS.items())]
         for arm, values in found["arms"].items()
     ]
     parts = ["## Measures\n", "Mean and 95 % interval over seeds.\n", markdown_table(header, rows)]
@@ -231,10 +231,10 @@ def _tables(found: dict) -> list[str]:
     if "remedies" in found:
         parts.append("\n## Length hacking and its remedies: one seed, described\n")
         rows = [
-            [SIDE_NAMES.get(name, name), *(f"{v[key]:.{SHOWN[key][1]}f}" for key in SHOWN)]
+            [SIDE_NAMES.get(name, name), *(f"{v[key]:.{COLUMNS[key][1]}f}" for key in COLUMNS)]
             for name, v in found["remedies"].items()
         ]
-        parts.append(markdown_table(["arm", *(title for title, _ in SHOWN.values())], rows))
+        parts.append(markdown_table(["arm", *(title for title, _ in COLUMNS.values())], rows))
     return parts
 
 
@@ -252,7 +252,7 @@ def pages(found: dict) -> dict[Path, str]:
     """{page: its text} with the generated part between its two marks made anew."""
     begin, end = "<!-- real -->\n", "<!-- /real -->"
     texts = {}
-    for name, translated in PAGES.items():
+    for name, translated in REAL_PAGES.items():
         path = ROOT / "docs" / name
         before, _, rest = path.read_text(encoding="utf-8").partition(begin)
         after = rest.partition(end)[2]
@@ -260,7 +260,7 @@ def pages(found: dict) -> dict[Path, str]:
     return texts
 
 
-def write() -> None:
+def write_results() -> None:
     """Writes `real.json` and the pages."""
     found = summary(read_seeds())
     write_json(RESULTS, found)
@@ -269,7 +269,7 @@ def write() -> None:
             scratch.write_text(text, encoding="utf-8")
 
 
-def check() -> int:
+def check_results() -> int:
     """Recomputes everything from the seeds. Returns 1, and says what differs, if something does."""
     found = summary(read_seeds())
     known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None

@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 
 from benchmarks import real, real_report
-from benchmarks.real import ARMS, RATES, Trial, pairs_of, plan_digest, remedies
+from benchmarks.real import RATES, TRIALS, Trial, length_trials, pairs_of, plan_digest
 from benchmarks.real_report import best_rates, families, pages, read_seeds, summary
 from common.instructions import CONSTRAINTS, instruction
 
@@ -18,7 +18,7 @@ MACHINE = {"gpu": [], "cores": 2, "cpu": "made up", "memory_bytes": 8e9, "versio
 def made_seed(seed: int, gain: float = 0.12) -> dict:
     """A seed's file with made-up numbers: each arm meets `gain` more constraints than the start."""
     rng = random.Random(seed)
-    measures = dict.fromkeys(real_report.SHOWN, 0.5) | {
+    measures = dict.fromkeys(real_report.COLUMNS, 0.5) | {
         "rewards_chosen": -0.2,
         "kinds_met": {"json": 0.1},
     }
@@ -94,13 +94,13 @@ def test_the_best_rate_keeps_length_and_language():
 
 def test_every_method_gets_the_same_effort():
     assert {len(rates) for rates in RATES.values()} == {5}
-    assert {trial.stage for trial in ARMS.values()} == set(RATES)
-    assert len({trial.pairs for trial in ARMS.values()}) == 1
+    assert {trial.stage for trial in TRIALS.values()} == set(RATES)
+    assert len({trial.pairs for trial in TRIALS.values()}) == 1
 
 
 def test_what_stands_in_the_results_is_what_the_seeds_say():
     """`python -m benchmarks.real --check` on the committed files, in seconds."""
-    assert real_report.check() == 0
+    assert real_report.check_results() == 0
 
 
 def test_a_changed_number_is_noticed(monkeypatch, tmp_path, capsys):
@@ -109,9 +109,9 @@ def test_a_changed_number_is_noticed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(real_report, "read_seeds", lambda: seeds)
     (tmp_path / "real.json").write_text(json.dumps(summary(seeds)), encoding="utf-8")
     monkeypatch.setattr(real_report, "pages", lambda found: {})
-    assert real_report.check() == 0
+    assert real_report.check_results() == 0
     seeds[0]["arms"]["orpo"]["measures"]["kl"] += 0.001
-    assert real_report.check() == 1
+    assert real_report.check_results() == 1
     assert "does not say what the seeds say" in capsys.readouterr().err
 
 
@@ -162,7 +162,7 @@ def test_the_side_study_takes_its_pairs_by_length():
 
 
 def test_each_remedy_changes_one_thing():
-    trials = remedies(1e-5)
+    trials = length_trials(1e-5)
     hacked = trials.pop("hacked")
     for name, trial in trials.items():
         pairs = zip(vars(hacked).items(), vars(trial).items(), strict=True)
