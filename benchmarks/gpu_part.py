@@ -24,7 +24,7 @@ from benchmarks.variants import (
 )
 from common import models
 from common.evaluation import Sampling
-from common.memory.architectures import bench_model
+from common.memory.architectures import random_model
 from common.memory.meter import PeakMemory, give_back
 from common.memory.simulate import full_rows
 from common.profiles import PROFILES, Profile, device_and_precision
@@ -270,7 +270,7 @@ def measure_part(task: dict) -> dict:
         take_steps = trl_steps if task["path"] == "trl" else course_steps
         try:
             with phase(found, "building the model"):
-                model = bench_model(profile, device)
+                model = random_model(profile, device)
             rows = rows_of(profile, count, model.config.vocab_size)
             take_steps(found, profile, method, model, rows)
         except GONE:
