@@ -12,6 +12,8 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import fields
+from itertools import cycle
 from pathlib import Path
 
 import uvicorn
@@ -25,14 +27,6 @@ from deploy.serving.own_engine import OwnEngine
 from deploy.serving.store import Store, StoreError, choose_arm
 
 log = logging.getLogger("deploy.serving")
-LIMITS = {  # fields of Limits that are options
-    "max_tokens": "of one answer",
-    "body_bytes": "of one request",
-    "requests_per_minute": "per key",
-    "concurrency": "requests at one engine at once",
-    "queue": "requests that wait for one engine",
-    "timeout": "seconds for a request",
-}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,8 +64,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     setting("--temperature", 0.0, "of requests that name none; 0 is greedy")
     own = "our own engine answers one by one, at each request's temperature"
     add("--no-batching", action="store_true", help=own)
-    for name, text in LIMITS.items():
-        setting(f"--{name.replace('_', '-')}", getattr(Limits, name), text)
+    for limit in fields(Limits):
+        setting(f"--{limit.name.replace('_', '-')}", limit.default, limit.metadata["help"])
     add("--log-prompts", action="store_true", help="write prompts and answers to the log")
     add("--end-with-parent", action="store_true", help="shut down when standard input closes")
     return parser.parse_args(arguments)
@@ -103,7 +97,7 @@ def named(models: list[str]) -> dict[str, tuple[str, float]]:
 
 def limits_of(options: argparse.Namespace) -> Limits:
     """The limits that the command line asks for. Raises: ValueError for one that makes no sense."""
-    limits = Limits(**{name: getattr(options, name) for name in LIMITS})
+    limits = Limits(**{limit.name: getattr(options, limit.name) for limit in fields(Limits)})
     if min(options.queue, options.retention_days, options.temperature) < 0:
         raise ValueError("--queue, --retention-days and --temperature must be 0 or larger.")
     if options.temperature > 2:
@@ -128,9 +122,8 @@ def gateway_of(options: argparse.Namespace) -> Gateway:
     models, urls = named(options.model), options.engine
     if len(urls) not in (0, 1, len(models)):
         raise ValueError(f"Give --engine once, or once for each of the {len(models)} models.")
-    urls = urls if len(urls) > 1 else (urls or [None]) * len(models)
     key, engines, weights = os.environ.get("LAB_ENGINE_KEY"), {}, {}
-    for (name, (source, weight)), url in zip(models.items(), urls, strict=True):
+    for (name, (source, weight)), url in zip(models.items(), cycle(urls or [None]), strict=False):
         if url:  # there, a model has the name that the engine gave it
             engine = Engine(source, limits, url.rstrip("/").removesuffix("/v1"), key)
         else:
