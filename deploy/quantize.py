@@ -98,8 +98,7 @@ def _quiet():
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(before)
@@ -205,9 +204,7 @@ def _plain(name: str, source: Path, folder: Path) -> ModelVariant:
 
 
 def weight_bytes(model) -> int:
-    """Bytes of parameters, buffers and the scales of quantised ones, each once however often it is
-    shared.
-    """
+    """Bytes of parameters, saved buffers and the scales of quantised ones, each once if shared."""
     # The scales of bitsandbytes stand there too, and notes on its formats, which are no weights.
     state = model.state_dict().items()
     kept = [value for name, value in state if not name.endswith(("_format", "__nf4"))]

@@ -37,23 +37,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     def setting(name: str, default, text: str) -> None:
         add(name, type=type(default), default=default, help=f"{text} (default: %(default)s)")
 
-    add(
-        "--model",
-        action="append",
-        required=True,
-        metavar="DIR[=WEIGHT]",
-        help="a model folder (with --engine: a model's name there), and its share of the A/B test; "
-        "repeat for more",
-    )
-    add(
-        "--engine",
-        metavar="URL",
-        action="append",
-        default=[],
-        help="an OpenAI-compatible engine that already runs (vLLM, SGLang, llama.cpp), such as "
-        "http://127.0.0.1:8001; once, or once per --model. Its key, if any, is read from "
-        "LAB_ENGINE_KEY. Default: one of our own per folder",
-    )
+    share = "a model folder (with --engine: a model's name there), and its share of the A/B test"
+    there = "an OpenAI-compatible engine that already runs (vLLM, SGLang, llama.cpp): its address, "
+    there += "once, or once per --model. LAB_ENGINE_KEY holds its key. Default: one of our own each"
+    add("--model", metavar="DIR[=WEIGHT]", action="append", required=True, help=share)
+    add("--engine", metavar="URL", action="append", default=[], help=there)
     days = "texts without the user's consent are removed after so long"
     setting("--host", "127.0.0.1", "another one needs LAB_API_KEYS")
     setting("--port", 8000, "0 for a free one")
@@ -98,10 +86,9 @@ def named(models: list[str]) -> dict[str, tuple[str, float]]:
 def limits_of(options: argparse.Namespace) -> Limits:
     """The limits that the command line asks for. Raises: ValueError for one that makes no sense."""
     limits = Limits(**{limit.name: getattr(options, limit.name) for limit in fields(Limits)})
-    if min(options.queue, options.retention_days, options.temperature) < 0:
-        raise ValueError("--queue, --retention-days and --temperature must be 0 or larger.")
-    if options.temperature > 2:
-        raise ValueError("--temperature must be 2 at most.")
+    if min(options.queue, options.retention_days) < 0 or not 0 <= options.temperature <= 2:
+        said = "--queue and --retention-days must be 0 or larger, --temperature from 0 to 2."
+        raise ValueError(said)
     if min(value for name, value in vars(limits).items() if name != "queue") <= 0:
         raise ValueError("Limits must be above 0 (--queue may be 0: then nobody waits).")
     return limits

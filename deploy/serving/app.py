@@ -139,9 +139,8 @@ async def post_feedback(request: Request):
         said = "No such answer was given to this key. Send the id of an answer."
         raise Refusal(404, "unknown_request", said, "request_id") from error
     except StoreError as error:
-        advice = (
-            "Free some space, or raise --store-megabytes." if error.full else "Try again later."
-        )
+        room = "Free some space, or raise --store-megabytes."
+        advice = room if error.full else "Try again later."
         status, said = 507 if error.full else 503, f"{error} {advice} Answers go on."
         raise Refusal(status, "not_kept", said, retry_after=30) from error
     gateway.metrics.feedback.labels(model, str(rating)).inc()

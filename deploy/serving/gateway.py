@@ -175,22 +175,17 @@ class Exchange:
         if self.status == 429:  # keeps the store from growing under a flood
             return None
         answered = self.status == 200  # the texts of others could only fill the store
+        own = ("id", "created", "caller", "user", "model", "status", "first_token_seconds")
         written = self.gateway.store.add_request(
-            id=self.id,
-            created=self.created,
-            caller=self.caller,
-            user=self.user,
-            model=self.model,
+            **{column: getattr(self, column) for column in own},
             experiment=self.gateway.experiment,
             assigned=int(self.assigned),
-            status=self.status,
             messages=self.request.messages if answered else None,
             answer="".join(self.text) if answered else None,
             finish_reason=self.reason,
             prompt_tokens=self.usage.get("prompt_tokens"),
             completion_tokens=self.usage.get("completion_tokens"),
             seconds=seconds,
-            first_token_seconds=self.first_token_seconds,
         )
         kept = asyncio.wrap_future(written)
         kept.add_done_callback(self._kept)

@@ -100,9 +100,8 @@ class OwnEngine(Engine):
         """Starts the process and waits until it has answered once. Raises: OSError (TimeoutError
         too), RuntimeError.
         """
-        options = ["--batching"] * self.batching + ["--key"] * bool(self.key)
-        if self.format.context:
-            options += ["--context", str(self.format.context)]
+        options = ["--context", str(self.format.context or 1024)]
+        options += ["--batching"] * self.batching + ["--key"] * bool(self.key)
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
