@@ -153,8 +153,8 @@ def verify_export(
 
 
 def _scores(lab: Lab, stage: str) -> dict[str, str]:
-    """{measure: cells with its value and its source} of a stage, as far as a report of this very run
-    has it. Means over seeds are named as such.
+    """{measure: cells with its value and its source} of a stage, as far as a report of this very
+    run has it. Means over seeds are named as such.
     """
     found = {}
     for name in ("comparison", "evaluation"):

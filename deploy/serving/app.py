@@ -73,8 +73,8 @@ async def body_of(request: Request, kind: type):
     """
     limits = _gateway(request).limits
     most, seconds = limits.body_bytes, limits.timeout
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
         said = "Send JSON, with the header 'Content-Type: application/json'."
         raise Refusal(415, "unsupported_media_type", said)
     body = b""
