@@ -198,9 +198,8 @@ def _plain(name: str, source: Path, folder: Path) -> ModelVariant:
     if not path.exists():
         _save(load_exported(source, dtype=dtype), path)
     model = load_exported(path, dtype=dtype)[0].to("cuda" if torch.cuda.is_available() else "cpu")
-    return ModelVariant(
-        name, model, _size(path, "*.safetensors"), weight_bytes(model), float(rounded)
-    )
+    files = _size(path, "*.safetensors")
+    return ModelVariant(name, model, files, weight_bytes(model), float(rounded))
 
 
 def weight_bytes(model) -> int:

@@ -53,10 +53,9 @@ def read_keys(text: str) -> dict[bytes, str]:
     """
     keys = [key.strip() for key in text.split(",") if key.strip()]
     if (short := min(map(len, keys), default=SHORTEST_KEY)) < SHORTEST_KEY:
-        raise ValueError(
-            f"LAB_API_KEYS holds a key of {short} characters; at least {SHORTEST_KEY} are needed. "
-            "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        )
+        said = f"LAB_API_KEYS holds a key of {short} characters; at least {SHORTEST_KEY} are needed."
+        make = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        raise ValueError(f"{said} Make one: {make}")
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
     return {digest: f"key-{digest.hex()[:8]}" for digest in digests}
 

@@ -107,9 +107,8 @@ class Store:
             script = f"{SCHEMA} PRAGMA user_version = {VERSION};"
             self.safe.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(
-                f"Cannot keep records in {self.path} ({error}). Name another with --store."
-            ) from error
+            said = f"Cannot keep records in {self.path} ({error}). Name another with --store."
+            raise StoreError(said) from error
 
     def _connect(self, synchronous: str, max_bytes: int) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=5)
