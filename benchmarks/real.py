@@ -1,0 +1,261 @@
+"""What alignment does to a real language model: `python -m benchmarks.real`, or `make real`.
+
+Trains SmolLM2-135M-Instruct on its own verified answers, several methods on fresh seeds, as
+`docs/real-model-plan.md` says, and measures each on held-out topics. Hours, resumable: a seed's
+file in `benchmarks/results/real/` is written after each arm, and what stands there is not run
+again. `--tune` chooses the rates first, on a seed and topics that nothing is evaluated on.
+`--remedies` runs the side study of length. `--check` recomputes all tables from the files.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+
+from datasets import Dataset
+
+from benchmarks import real_report
+from common.comparison import COSTS, measure
+from common.data import load_pairs
+from common.evaluation import Answer
+from common.instructions import CONSTRAINTS, instruction
+from common.io.files import write_json, write_lines
+from common.judges import RuleJudge, head_to_head
+from common.lab import Lab
+from common.profiles import ROOT, get_profile
+from common.training import Source, train
+from tools.align import prose_perplexity
+from tools.machine import describe_machine
+
+PLAN = ROOT / "docs" / "real-model-plan.md"
+SEEDS = (11, 12, 13, 14, 15)
+TUNING_SEED, TUNING_PROMPTS, TUNING_PAIRS = 0, 96, 256
+ARM_PAIRS, SIDE_PAIRS = 704, 256  # of an arm: 44 steps of 16; of the side study: 16 steps
+RATES = {  # five for every arm: the same effort
+    "dpo_plain": (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5),
+    "dpo": (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5),
+    "orpo": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
+    "orpo_lambda0": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
+}
+
+
+class PlanError(RuntimeError):
+    """The plan is not committed, or a seed was run under another one."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A stage on pairs of one knob value. `choose` takes some of the pairs, the best first."""
+
+    stage: str
+    knob: float = 0.3
+    pairs: int = ARM_PAIRS
+    changes: dict = field(default_factory=dict)
+    choose: Callable[[Dataset], Dataset] | None = None
+
+
+TRIALS = {
+    "dpo_plain": Trial("dpo_plain"),
+    "dpo": Trial("dpo"),
+    "orpo": Trial("orpo"),
+    "orpo_lambda0": Trial("orpo_lambda0"),
+    "orpo_clean": Trial("orpo", knob=0.0),
+    "orpo_lambda0_clean": Trial("orpo_lambda0", knob=0.0),
+}
+
+
+def _log_ratio(row: dict) -> float:
+    """Log of the chosen answer's length over the rejected one's, in words."""
+    return math.log(len(row["chosen"].split()) / len(row["rejected"].split()))
+
+
+def shorter_chosen(pairs: Dataset) -> Dataset:
+    """Pairs of brevity: the constraints ask for it, or for form, and chosen is the shorter one."""
+    rows = [
+        row
+        for row in pairs
+        if (asked := instruction(row["prompt"]).constraints)
+        and all(CONSTRAINTS[kind]["asks_for"] != "substance" for kind, _ in asked)
+    ]
+    return Dataset.from_list(sorted(rows, key=_log_ratio))
+
+
+def of_substance(pairs: Dataset) -> Dataset:
+    """The shortest chosen answers again, of all constraints, those for substance included."""
+    rows = [row for row in pairs if instruction(row["prompt"]).constraints]
+    return Dataset.from_list(sorted(rows, key=_log_ratio)[:: max(1, len(rows) // SIDE_PAIRS)])
+
+
+def of_similar_length(pairs: Dataset) -> Dataset:
+    """Pairs of brevity and form again, but those of the most similar lengths."""
+    rows = shorter_chosen(pairs).to_list()
+    return Dataset.from_list(sorted(rows, key=lambda row: abs(_log_ratio(row))))
+
+
+def length_trials(rate: float) -> dict[str, Trial]:
+    """Length hacking, and four remedies that each change one thing. `rate`: of plain DPO."""
+    few = {"knob": 0.3, "pairs": SIDE_PAIRS}
+    fast = {"lr": 2 * rate}
+    return {
+        "hacked": Trial("dpo_plain", changes=fast, choose=shorter_chosen, **few),
+        "substance": Trial("dpo_plain", changes=fast, choose=of_substance, **few),
+        "similar_length": Trial("dpo_plain", changes=fast, choose=of_similar_length, **few),
+        "nll": Trial("dpo", changes=fast, choose=shorter_chosen, **few),
+        "lower_rate": Trial("dpo_plain", changes={"lr": rate / 2}, choose=shorter_chosen, **few),
+    }
+
+
+def plan_digest() -> str:
+    """sha256 of the plan. Raises: PlanError unless it is committed as it is."""
+    name = PLAN.relative_to(ROOT).as_posix()
+    asked = ["git", "show", f"HEAD:{name}"]
+    found = subprocess.run(asked, cwd=ROOT, capture_output=True)
+    if found.returncode or found.stdout != PLAN.read_bytes():
+        raise PlanError(f"{name} is not committed as it is. Commit the plan before a run.")
+    return hashlib.sha256(found.stdout).hexdigest()
+
+
+def pairs_of(lab: Lab, trial: Trial) -> Dataset:
+    """The training pairs of an arm: of all that there are at this knob, the chosen ones."""
+    count = trial.pairs if trial.choose is None else ARM_PAIRS
+    pairs = load_pairs(lab.data.world.pairs(count, flaw_rate=trial.knob))[0]
+    if trial.choose:
+        pairs = trial.choose(pairs)
+        pairs = pairs.select(range(min(trial.pairs, len(pairs))))
+    return pairs
+
+
+def measured(lab: Lab, model, start) -> tuple[dict, list[list[Answer]]]:
+    """Every shared measure, with the perplexity of plain text; and the answers."""
+    values, answers = measure(lab, model, start)
+    prose = prose_perplexity(model, lab.tokenizer, lab.profile.eval_batch)
+    return values | {"prose_perplexity": prose}, answers
+
+
+def run_trial(lab: Lab, name: str, trial: Trial, start) -> tuple[dict, list[list[Answer]]]:
+    """Trains and measures one arm; its weights are removed afterwards (half a gigabyte each)."""
+    pairs = pairs_of(lab, trial)
+    run = train(
+        lab, trial.stage, f"real-{name}", Source(pairs=pairs), evaluations=1, **trial.changes
+    )
+    values, answers = measured(lab, run.model, start)
+    cost = {key: run.record[key] for key in COSTS}
+    settings = {"lr": run.record["hyperparameters"]["lr"], "steps": run.record["steps"]}
+    settings |= {"n_pairs": run.record["n_pairs"], "knob": trial.knob, "stage": trial.stage}
+    shutil.rmtree(run.folder)
+    return {"settings": settings, "measures": values, "cost": cost}, answers
+
+
+class Seed:
+    """The file of one seed: what it holds is kept, what is missing is run."""
+
+    def __init__(self, seed: int, folder: Path = real_report.FOLDER):
+        self.path, self.plan = folder / f"seed-{seed}.json", plan_digest()
+        self.record = {"seed": seed, "plan": self.plan, "machine": describe_machine(), "arms": {}}
+        if self.path.exists():
+            self.record = json.loads(self.path.read_text(encoding="utf-8"))
+        if self.record["plan"] != self.plan:
+            raise PlanError(f"{self.path.name} was run under another plan. Move it away, or say so")
+        self.lab = Lab(get_profile("smollm"), seed)
+        self.start = self.lab.load("base")
+
+    def answers(self, name: str) -> list[list[Answer]]:
+        """The answers of an arm that was measured before."""
+        path = self.lab.folder / "answers" / f"{name}.jsonl"
+        rows = [Answer(**json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        size = self.lab.profile.samples
+        return [rows[at : at + size] for at in range(0, len(rows), size)]
+
+    def keep(self, name: str, arm: dict, answers: list[list[Answer]]) -> None:
+        rows = [vars(answer) for group in answers for answer in group]
+        write_lines(self.lab.folder / "answers" / f"{name}.jsonl", rows)
+        self.record["arms"][name] = arm
+        write_json(self.path, self.record)
+
+    def run(self, arms: dict[str, Trial]) -> None:
+        """The start and every arm that is missing, with its win rates against those before it."""
+        judge = RuleJudge(self.lab.data.world)
+        if "start" not in self.record["arms"]:
+            values, answers = measured(self.lab, self.start, self.start)
+            self.keep("start", {"measures": values}, answers)
+        for name, trial in arms.items():
+            if name in self.record["arms"]:
+                continue
+            print(f"seed {self.record['seed']}, {name}", flush=True)
+            arm, answers = run_trial(self.lab, name, trial, self.start)
+            others = [other for other in self.record["arms"] if other in ("start", *TRIALS)]
+            arm["win_rate"] = {
+                other: head_to_head(judge, answers, self.answers(other)).rate for other in others
+            }
+            self.keep(name, arm, answers)
+
+
+def tuning_lab() -> Lab:
+    """The tuning seed, whose prompts are of the topics to learn from: no held-out topic is seen."""
+    lab = Lab(replace(get_profile("smollm"), samples=2), TUNING_SEED)
+    lab.data.prompts = list(islice(lab.data.world.prompts("train", "tuning"), TUNING_PROMPTS))
+    return lab
+
+
+def tune() -> dict:
+    """Five rates for each method, on one seed. The file says which one is best, and by what."""
+    path, lab = real_report.FOLDER / "tuning.json", tuning_lab()
+    found = {"plan": plan_digest(), "machine": describe_machine(), "runs": {}}
+    if path.exists():
+        found = json.loads(path.read_text(encoding="utf-8"))
+    start = lab.load("base")
+    if "start" not in found["runs"]:
+        found["runs"]["start"] = {"measures": measured(lab, start, start)[0]}
+        write_json(path, found)
+    for stage, rates in RATES.items():
+        for rate in rates:
+            if (name := f"{stage}-{rate:g}") in found["runs"]:
+                continue
+            print(f"tuning {name}", flush=True)
+            trial = Trial(stage, pairs=TUNING_PAIRS, changes={"lr": rate})
+            found["runs"][name] = run_trial(lab, f"tune-{name}", trial, start)[0]
+            write_json(path, found)
+    found["best"] = real_report.best_rates(found["runs"])
+    write_json(path, found)
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line. Returns 1 where a table differs from the results, or a run cannot start."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.real",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--tune", action="store_true", help="choose the rates")
+    parser.add_argument("--remedies", action="store_true", help="the side study of length")
+    parser.add_argument("--check", action="store_true", help="recompute, compare, run nothing")
+    given = parser.parse_args(arguments)
+    if given.check:
+        return real_report.check_results()
+    try:
+        if given.tune:
+            print(json.dumps(tune()["best"], indent=1))
+        elif given.remedies:
+            rate = get_profile("smollm").recipes["dpo_plain"].lr
+            Seed(SEEDS[0]).run(length_trials(rate))
+        else:
+            for seed in given.seeds:
+                Seed(seed).run(TRIALS)
+    except (PlanError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    real_report.write_results()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
