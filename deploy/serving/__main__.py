@@ -100,8 +100,8 @@ def gateway_of(options: argparse.Namespace) -> Gateway:
     """
     keys, limits = read_keys(os.environ.get("LAB_API_KEYS", "")), limits_of(options)
     if not keys and not is_loopback(options.host):
-        said = f"Without API keys the gateway does not listen on {options.host}, where others could "
-        raise ValueError(f"{said}reach it. Set LAB_API_KEYS, or leave --host out.")
+        said = f"Without API keys the gateway does not listen on {options.host}, where others could"
+        raise ValueError(f"{said} reach it. Set LAB_API_KEYS, or leave --host out.")
     if not keys:
         log.warning("no API keys (LAB_API_KEYS): everybody on this machine may ask, nobody else")
     models, urls = named(options.model), options.engine

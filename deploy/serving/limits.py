@@ -53,7 +53,7 @@ def read_keys(text: str) -> dict[bytes, str]:
     """
     keys = [key.strip() for key in text.split(",") if key.strip()]
     if (short := min(map(len, keys), default=SHORTEST_KEY)) < SHORTEST_KEY:
-        said = f"LAB_API_KEYS holds a key of {short} characters; at least {SHORTEST_KEY} are needed."
+        said = f"LAB_API_KEYS holds a key of {short} characters; it needs at least {SHORTEST_KEY}."
         make = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
         raise ValueError(f"{said} Make one: {make}")
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
