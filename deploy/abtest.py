@@ -145,17 +145,11 @@ def signals(
     ids = [tokenize_response(prompt, answer, tokenizer, limit)[:2] for prompt, answer in texts]
     scored = [{"prompt_ids": prompt, "chosen_ids": answer} for prompt, answer in ids]
     logps = logps_of(reference, scored).chosen.means
-    found = [
-        {
-            "length_tokens": float(len(answer)),
-            "ended_with_eos": float(row["finish_reason"] == "stop"),
-            "surprise": -float(logp),
-        }
-        for row, (_, answer), logp in zip(rows, ids, logps, strict=True)
-    ]
-    if refused:
-        for signal, (prompt, answer) in zip(found, texts, strict=True):
-            signal["refused"] = float(refused(prompt, answer))
+    found = []
+    for row, text, (_, answer), logp in zip(rows, texts, ids, logps, strict=True):
+        signal = {"length_tokens": float(len(answer)), "surprise": -float(logp)}
+        signal["ended_with_eos"] = float(row["finish_reason"] == "stop")
+        found.append(signal | ({"refused": float(refused(*text))} if refused else {}))
     return found
 
 

@@ -152,11 +152,11 @@ def verify_export(
     return found
 
 
-def _scores(lab: Lab, stage: str) -> dict[str, tuple[float, str]]:
-    """{measure: (value, where it comes from)} of a stage, as far as a report of this very run has
-    it. Means over seeds are named as such.
+def _scores(lab: Lab, stage: str) -> dict[str, str]:
+    """{measure: cells with its value and its source} of a stage, as far as a report of this very
+    run has it. Means over seeds are named as such.
     """
-    found: dict[str, tuple[float, str]] = {}
+    found = {}
     for name in ("comparison", "evaluation"):
         path = lab.folder / f"{name}.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -170,7 +170,7 @@ def _scores(lab: Lab, stage: str) -> dict[str, tuple[float, str]]:
         where = f"{name}.json, mean of {seeds} training seeds" if seeds > 1 else f"{name}.json"
         for measure, value in report["models"][stage].items():
             if measure in SCORES and value is not None:
-                found[measure] = (value, where)
+                found[measure] = f"{value:.3f} | {where}"
     return found
 
 
@@ -244,12 +244,9 @@ def model_card(lab: Lab, stage: str, sweep: str | None = None) -> str:
         scope = "It knows its small embedded world only; anything else gets a fluent guess."
         judge = "The judge of scales and shares is a rule of the embedded world."
     recipe, versions = record.get("hyperparameters", {}), record.get("versions", {})
-    table = []
-    for name, title in SCORES.items():
-        value, where = scores.get(name, (None, ""))
-        table.append(
-            f"| {title} | {'not measured' if value is None else f'{value:.3f}'} | {where} |"
-        )
+    table = [
+        f"| {title} | {scores.get(name, 'not measured |')} |" for name, title in SCORES.items()
+    ]
     return CARD.format(
         licence=licences[0] if len(set(licences)) == 1 else "other",
         base=f"base_model: {model}\n" if model != TINY else "",
@@ -288,12 +285,11 @@ def readiness(items: dict[str, Callable[[], str]]) -> list[Item]:
     found = []
     for name, item in items.items():
         try:
-            evidence = item()
-            passed = isinstance(evidence, str) and bool(evidence.strip())
-            evidence = evidence if passed else f"no evidence: it returned {evidence!r}"
+            evidence, passed = item(), True
+            said = isinstance(evidence, str) and bool(evidence.strip())
+            require(said, f"no evidence, it returned {evidence!r}")
         except Exception as error:  # whatever goes wrong is what the list is for
-            first_line = str(error).partition("\n")[0]
-            passed, evidence = False, f"{type(error).__name__}: {first_line}"
+            evidence, passed = f"{type(error).__name__}: {error}".partition("\n")[0], False
         print(f"{'ok    ' if passed else 'FAILED'}  {name}: {evidence}")
         found.append(Item(name, passed, evidence))
     failed = [item.name for item in found if not item.passed]

@@ -4,9 +4,7 @@ the decision.
 Where nobody is there to vote, the rule of the embedded world stands in for people.
 """
 
-import hashlib
 import random
-import tempfile
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -24,7 +22,7 @@ from common.lab import Lab
 from common.toyworld import World
 from common.training import Run, train
 from common.training.task import Source
-from deploy.serving.store import Store, answers
+from deploy.serving.store import answers, chance
 
 GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
     "safe_on_harmful": (-1, 0.05),
@@ -90,12 +88,8 @@ class RulePeople:
     def vote(self, user: str, prompt: str, text: str) -> tuple[int, bool]:
         """(1 or -1, may it be used for training?)"""
         pleased = self.world.judge(prompt, text).score >= self.content
-        slips = self._chance(user, prompt, text) < self.slips
-        return (1 if pleased != slips else -1), self._chance(user) < self.consenting
-
-    @staticmethod
-    def _chance(*parts: str) -> float:
-        return int(hashlib.sha256("\0".join(parts).encode()).hexdigest()[:13], 16) / 16**13
+        slips = chance(user, prompt, text) < self.slips
+        return (1 if pleased != slips else -1), chance(user) < self.consenting
 
 
 def send_votes(
@@ -120,26 +114,22 @@ def send_votes(
 
 
 def pairs_in_process(people: RulePeople, groups: list[list[Answer]]) -> list[dict]:
-    """Preference pairs from votes on answers made here, through the same store as the gateway's."""
-    with tempfile.TemporaryDirectory(prefix="votes-") as folder:
-        store, votes = Store(Path(folder) / "votes.sqlite"), []
-        same = {"caller": "local", "experiment": "default", "model": "local", "assigned": 0}
-        for at, answer in enumerate(one for group in groups for one in group):
-            row = {"id": str(at), "created": float(at), "status": 200, "answer": answer.text}
-            user = f"user-{at}"
-            store.add_request(**same, **row, user=user, messages=messages_of(answer.prompt))
-            rating, consent = people.vote(user, answer.prompt, answer.text)
-            votes.append(store.add_feedback(str(at), "local", rating, consent, None))
-        for vote in votes:
-            vote.result()
-        store.close()
-        return preference_pairs(store.path)
+    """Preference pairs from votes on answers made here, each by a user of its own."""
+    rows, same = [], {"caller": "local", "model": "local", "correction": None}
+    for at, answer in enumerate(one for group in groups for one in group):
+        rating, consent = people.vote(f"user-{at}", answer.prompt, answer.text)
+        said = {"messages": messages_of(answer.prompt), "answer": answer.text}
+        own = {"id": str(at), "user": f"user-{at}", "rating": rating, "consent": consent}
+        rows.append({**same, **said, **own})
+    return preference_pairs(rows)
 
 
 def preference_pairs(
-    path: Path, experiment: str = "default", model: str | None = None, support=2, reviewed=()
+    store: Path | list[dict], experiment="default", model: str | None = None, support=2, reviewed=()
 ) -> list[dict]:
     """New training rows {prompt, chosen, rejected} from the feedback in a store, each once.
+
+    Args: `store`: its file, or rows as `deploy.serving.store.answers` gives them.
 
     Only answers whose latest feedback gives consent count, and with `model` only that model's
     answers. A person, one user of one caller, has one vote on a text: the last. (Whoever holds a
@@ -150,7 +140,7 @@ def preference_pairs(
     """
     votes = defaultdict(lambda: defaultdict(dict))  # prompt → text → person → thumb
     corrections, persons = set(), defaultdict(set)
-    for row in answers(path, experiment):
+    for row in store if isinstance(store, list) else answers(store, experiment):
         if not row["consent"] or row["messages"] is None or model not in (None, row["model"]):
             continue
         prompt, text = dialogue(row["messages"]), row["answer"].strip()

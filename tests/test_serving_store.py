@@ -111,11 +111,13 @@ def survivors(path, synced: dict, folder) -> list[set[str]]:
 
 @pytest.mark.skipif(not library(), reason="Python's SQLite shows no functions to ctypes here")
 @pytest.mark.parametrize("pages", [3, 1000], ids=["log emptied often", "log emptied never"])
-def test_a_loss_of_power_loses_no_acknowledged_feedback(tmp_path, pages):
+def test_a_loss_of_power_loses_no_acknowledged_feedback(tmp_path, monkeypatch, pages):
     """The power fails after each of 40 acknowledgements; what was never synced is gone. Old texts
-    are removed in between.
+    are removed in between. The simulated disk leaves nothing in the working directory.
     """
     (tmp_path / "after").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
     with losing_disk() as synced:
         store = Store(tmp_path / "store.sqlite")
         for connection in (store.quick, store.safe):
@@ -130,6 +132,7 @@ def test_a_loss_of_power_loses_no_acknowledged_feedback(tmp_path, pages):
             if at % 15 == 14:
                 store.forget(1).result()
         store.close()
+    assert not list((tmp_path / "here").iterdir())
 
 
 @pytest.mark.skipif(not library(), reason="Python's SQLite shows no functions to ctypes here")

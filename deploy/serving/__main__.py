@@ -12,6 +12,8 @@ import socket
 import sys
 import threading
 from contextlib import suppress
+from dataclasses import fields
+from itertools import cycle
 from pathlib import Path
 
 import uvicorn
@@ -25,14 +27,6 @@ from deploy.serving.own_engine import OwnEngine
 from deploy.serving.store import Store, StoreError, choose_arm
 
 log = logging.getLogger("deploy.serving")
-LIMITS = {  # fields of Limits that are options
-    "max_tokens": "of one answer",
-    "body_bytes": "of one request",
-    "requests_per_minute": "per key",
-    "concurrency": "requests at one engine at once",
-    "queue": "requests that wait for one engine",
-    "timeout": "seconds for a request",
-}
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -43,23 +37,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     def setting(name: str, default, text: str) -> None:
         add(name, type=type(default), default=default, help=f"{text} (default: %(default)s)")
 
-    add(
-        "--model",
-        action="append",
-        required=True,
-        metavar="DIR[=WEIGHT]",
-        help="a model folder (with --engine: a model's name there), and its share of the A/B test; "
-        "repeat for more",
-    )
-    add(
-        "--engine",
-        metavar="URL",
-        action="append",
-        default=[],
-        help="an OpenAI-compatible engine that already runs (vLLM, SGLang, llama.cpp), such as "
-        "http://127.0.0.1:8001; once, or once per --model. Its key, if any, is read from "
-        "LAB_ENGINE_KEY. Default: one of our own per folder",
-    )
+    share = "a model folder (with --engine: a model's name there), and its share of the A/B test"
+    there = "an OpenAI-compatible engine that already runs (vLLM, SGLang, llama.cpp): its address, "
+    there += "once, or once per --model. LAB_ENGINE_KEY holds its key. Default: one of our own each"
+    add("--model", metavar="DIR[=WEIGHT]", action="append", required=True, help=share)
+    add("--engine", metavar="URL", action="append", default=[], help=there)
     days = "texts without the user's consent are removed after so long"
     setting("--host", "127.0.0.1", "another one needs LAB_API_KEYS")
     setting("--port", 8000, "0 for a free one")
@@ -70,8 +52,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     setting("--temperature", 0.0, "of requests that name none; 0 is greedy")
     own = "our own engine answers one by one, at each request's temperature"
     add("--no-batching", action="store_true", help=own)
-    for name, text in LIMITS.items():
-        setting(f"--{name.replace('_', '-')}", getattr(Limits, name), text)
+    for limit in fields(Limits):
+        setting(f"--{limit.name.replace('_', '-')}", limit.default, limit.metadata["help"])
     add("--log-prompts", action="store_true", help="write prompts and answers to the log")
     add("--end-with-parent", action="store_true", help="shut down when standard input closes")
     return parser.parse_args(arguments)
@@ -103,11 +85,10 @@ def named(models: list[str]) -> dict[str, tuple[str, float]]:
 
 def limits_of(options: argparse.Namespace) -> Limits:
     """The limits that the command line asks for. Raises: ValueError for one that makes no sense."""
-    limits = Limits(**{name: getattr(options, name) for name in LIMITS})
-    if min(options.queue, options.retention_days, options.temperature) < 0:
-        raise ValueError("--queue, --retention-days and --temperature must be 0 or larger.")
-    if options.temperature > 2:
-        raise ValueError("--temperature must be 2 at most.")
+    limits = Limits(**{limit.name: getattr(options, limit.name) for limit in fields(Limits)})
+    if min(options.queue, options.retention_days) < 0 or not 0 <= options.temperature <= 2:
+        said = "--queue and --retention-days must be 0 or larger, --temperature from 0 to 2."
+        raise ValueError(said)
     if min(value for name, value in vars(limits).items() if name != "queue") <= 0:
         raise ValueError("Limits must be above 0 (--queue may be 0: then nobody waits).")
     return limits
@@ -119,18 +100,15 @@ def gateway_of(options: argparse.Namespace) -> Gateway:
     """
     keys, limits = read_keys(os.environ.get("LAB_API_KEYS", "")), limits_of(options)
     if not keys and not is_loopback(options.host):
-        raise ValueError(
-            f"Without API keys the gateway does not listen on {options.host}, where others could "
-            "reach it. Set LAB_API_KEYS, or leave --host out."
-        )
+        said = f"Without API keys the gateway does not listen on {options.host}, where others could"
+        raise ValueError(f"{said} reach it. Set LAB_API_KEYS, or leave --host out.")
     if not keys:
         log.warning("no API keys (LAB_API_KEYS): everybody on this machine may ask, nobody else")
     models, urls = named(options.model), options.engine
     if len(urls) not in (0, 1, len(models)):
         raise ValueError(f"Give --engine once, or once for each of the {len(models)} models.")
-    urls = urls if len(urls) > 1 else (urls or [None]) * len(models)
     key, engines, weights = os.environ.get("LAB_ENGINE_KEY"), {}, {}
-    for (name, (source, weight)), url in zip(models.items(), urls, strict=True):
+    for (name, (source, weight)), url in zip(models.items(), cycle(urls or [None]), strict=False):
         if url:  # there, a model has the name that the engine gave it
             engine = Engine(source, limits, url.rstrip("/").removesuffix("/v1"), key)
         else:

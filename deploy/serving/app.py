@@ -4,7 +4,7 @@ shape.
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Awaitable
 from contextlib import aclosing, asynccontextmanager, suppress
 
 from fastapi import APIRouter, FastAPI, Request
@@ -42,48 +42,23 @@ class EventStream(StreamingResponse):
                     await super().__call__(scope, receive, send)
 
 
-async def while_connected(request: Request, work: Coroutine):
+async def while_connected(request: Request, work: Awaitable):
     """The result of `work`, which is cancelled if the client hangs up first: then a Refusal."""
 
-    async def hung_up() -> None:
+    async def watch() -> None:
         while (await request.receive())["type"] != "http.disconnect":
             pass
+        time_out.reschedule(0)  # long ago
 
-    task, gone = asyncio.create_task(work), asyncio.create_task(hung_up())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise Refusal(*HUNG_UP)
-        return task.result()
-    finally:
-        task.cancel()
-        gone.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def read_body(request: Request, most: int, seconds: float) -> bytes:
-    """The body of a JSON request, never more than `most` bytes of it.
-
-    Raises: Refusal (413); (408) if it has not come after `seconds`; (415) for what is no JSON.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        said = "Send JSON, with the header 'Content-Type: application/json'."
-        raise Refusal(415, "unsupported_media_type", said)
-    too_large = Refusal(413, "body_too_large", f"The body is larger than {most} bytes. Send less.")
-    body = bytearray()
-    try:
-        async with asyncio.timeout(seconds):
-            async for part in request.stream():
-                body += part
-                if len(body) > most:
-                    raise too_large
+        async with asyncio.timeout(None) as time_out:
+            watching = asyncio.create_task(watch())
+            try:
+                return await work
+            finally:
+                watching.cancel()
     except TimeoutError:
-        said = f"The body did not come within {seconds:g} s. Send it again."
-        raise Refusal(408, "request_timeout", said) from None
-    except ClientDisconnect:
         raise Refusal(*HUNG_UP) from None
-    return bytes(body)
 
 
 def _gateway(request: Request) -> Gateway:
@@ -92,9 +67,30 @@ def _gateway(request: Request) -> Gateway:
 
 
 async def body_of(request: Request, kind: type):
-    """The checked body of a request. Raises: Refusal."""
+    """The checked body of a JSON request, of which never more than the limit is read.
+
+    Raises: Refusal 413 (too large), 408 (it does not come), 415 (no JSON), 400.
+    """
     limits = _gateway(request).limits
-    return read(kind, await read_body(request, limits.body_bytes, limits.timeout), limits)
+    most, seconds = limits.body_bytes, limits.timeout
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":
+        said = "Send JSON, with the header 'Content-Type: application/json'."
+        raise Refusal(415, "unsupported_media_type", said)
+    body = b""
+    try:
+        async with asyncio.timeout(seconds):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    said = f"The body is larger than {most} bytes. Send less."
+                    raise Refusal(413, "body_too_large", said)
+    except TimeoutError:
+        said = f"The body did not come within {seconds:g} s. Send it again."
+        raise Refusal(408, "request_timeout", said) from None
+    except ClientDisconnect:
+        raise Refusal(*HUNG_UP) from None
+    return read(kind, body, limits)
 
 
 @router.post("/v1/chat/completions")
@@ -143,9 +139,8 @@ async def post_feedback(request: Request):
         said = "No such answer was given to this key. Send the id of an answer."
         raise Refusal(404, "unknown_request", said, "request_id") from error
     except StoreError as error:
-        advice = (
-            "Free some space, or raise --store-megabytes." if error.full else "Try again later."
-        )
+        room = "Free some space, or raise --store-megabytes."
+        advice = room if error.full else "Try again later."
         status, said = 507 if error.full else 503, f"{error} {advice} Answers go on."
         raise Refusal(status, "not_kept", said, retry_after=30) from error
     gateway.metrics.feedback.labels(model, str(rating)).inc()

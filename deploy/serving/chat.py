@@ -18,6 +18,7 @@ CODES = {  # kind of error: its code in the answer
 # What tokenizers and this course's transcripts read as a turn or an end, not as words.
 TOKENS = r"<[|｜][^<>]*[|｜]>|<<?/?(s|SYS|bos|eos|pad|unk|[a-z]+_of_turn)>|\[/?(INST|PAD|SEP)\]"
 MARKS = re.compile(rf"(?im){TOKENS}|^\s*(Human|Assistant):")
+CHUNK = {"object": "chat.completion.chunk"}
 Checked = TypeVar("Checked", bound=BaseModel)
 
 
@@ -174,9 +175,4 @@ def event(value: dict) -> bytes:
 def chunk(head: dict, delta: dict, reason: str | None = None) -> bytes:
     """One piece of a streamed answer."""
     choice = {"index": 0, "delta": delta, "finish_reason": reason}
-    return event({**head, "object": "chat.completion.chunk", "choices": [choice]})
-
-
-def usage_chunk(head: dict, usage: dict) -> bytes:
-    """The last piece, for a client that asked for the usage."""
-    return event({**head, "object": "chat.completion.chunk", "choices": [], "usage": usage})
+    return event({**head, **CHUNK, "choices": [choice]})

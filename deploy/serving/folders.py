@@ -30,10 +30,8 @@ def check_folder(folder: Path) -> None:
     elif "adapter_config.json" in files and "config.json" not in files:
         advice = "It is a LoRA adapter alone. Merge it into its base model, and name that folder."
     elif pickled := sorted(path.name for path in folder.rglob("*") if path.suffix in PICKLED):
-        advice = (
-            f"It holds pickled files ({', '.join(pickled[:3])}), which can run any code when they "
-            "are read. Remove them, and save the weights as safetensors."
-        )
+        advice = f"It holds pickled files ({', '.join(pickled[:3])}): reading one can run any code."
+        advice += " Remove them, and save the weights as safetensors."
     elif missing := [name for name in ("config.json", "tokenizer.json") if name not in files]:
         advice = f"It has no {' and no '.join(missing)}. Save model and tokenizer together."
     elif files.isdisjoint(WEIGHT_FILES):

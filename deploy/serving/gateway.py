@@ -137,7 +137,7 @@ class Exchange:
         ends.
         """
         engine = self.gateway.engines[self.model]
-        deadline, written = self.started + self.gateway.limits.timeout, None
+        deadline = self.started + self.gateway.limits.timeout
         try:
             async with aclosing(engine.answer(self.request, deadline, self.caller)) as answer:
                 async for piece in answer:
@@ -148,25 +148,20 @@ class Exchange:
                         yield piece["text"]
                     else:
                         self.reason, self.usage = piece["reason"], piece["usage"] or self.usage
-            written = self.record()
         except Refusal as refusal:
             self.status = refusal.status
             raise
-        except (asyncio.CancelledError, GeneratorExit):
-            self.status = CLIENT_GONE
-            raise
-        except Exception:
-            self.status = 500
+        except BaseException as error:  # what is no Exception cancels or closes this
+            self.status = 500 if isinstance(error, Exception) else CLIENT_GONE
             raise
         finally:
-            if written is None:
-                self.record()
-        await written  # feedback on this answer may come at once: the store must know it by then
+            written = self.record()
+        # Feedback on this answer may come at once: the store must know it by then. A store that
+        # fails loses the record, never the answer.
+        await asyncio.wait([written])
 
-    def record(self) -> asyncio.Future:
-        """Counts the exchange and hands it to the store. A store that fails loses the record, never
-        the answer.
-        """
+    def record(self) -> asyncio.Future | None:
+        """Counts the exchange and hands it to the store."""
         metrics, seconds = self.gateway.metrics, time.monotonic() - self.started
         metrics.requests.labels("chat", self.model, str(self.status)).inc()
         if self.status == 200:
@@ -177,37 +172,29 @@ class Exchange:
         log.info("%s %s %s %d %.3f s", self.id, self.caller, self.model, self.status, seconds)
         if self.gateway.log_prompts:
             log.info("%s %r -> %r", self.id, self.request.messages, "".join(self.text))
-        done = asyncio.get_running_loop().create_future()
         if self.status == 429:  # keeps the store from growing under a flood
-            done.set_result(None)
-            return done
+            return None
         answered = self.status == 200  # the texts of others could only fill the store
-        future = self.gateway.store.add_request(
-            id=self.id,
-            created=self.created,
-            caller=self.caller,
-            user=self.user,
-            model=self.model,
+        own = ("id", "created", "caller", "user", "model", "status", "first_token_seconds")
+        written = self.gateway.store.add_request(
+            **{column: getattr(self, column) for column in own},
             experiment=self.gateway.experiment,
             assigned=int(self.assigned),
-            status=self.status,
             messages=self.request.messages if answered else None,
             answer="".join(self.text) if answered else None,
             finish_reason=self.reason,
             prompt_tokens=self.usage.get("prompt_tokens"),
             completion_tokens=self.usage.get("completion_tokens"),
             seconds=seconds,
-            first_token_seconds=self.first_token_seconds,
         )
-        asyncio.wrap_future(future).add_done_callback(lambda kept: self._kept(kept, done))
-        return done
+        kept = asyncio.wrap_future(written)
+        kept.add_done_callback(self._kept)
+        return kept
 
-    def _kept(self, kept: asyncio.Future, done: asyncio.Future) -> None:
+    def _kept(self, kept: asyncio.Future) -> None:
         if not kept.cancelled() and (error := kept.exception()):
             self.gateway.metrics.lost.inc()
             log.error("%s was answered but not recorded: %s", self.id, error)
-        if not done.done():
-            done.set_result(None)
 
     async def whole(self) -> dict:
         """The answer in one piece."""
@@ -225,7 +212,7 @@ class Exchange:
                 yield chat.chunk(self.head, {"content": piece})
             end = chat.chunk(self.head, {}, self.reason)
             if self.request.include_usage:
-                end += chat.usage_chunk(self.head, self.usage)
+                end += chat.event({**self.head, **chat.CHUNK, "choices": [], "usage": self.usage})
             yield end + b"data: [DONE]\n\n"
         except Refusal as refusal:
             yield chat.event(refusal.body)

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 SHORTEST_KEY = 16  # characters
 ERROR_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -28,17 +28,21 @@ class Refusal(Exception):
         self.headers = {"retry-after": str(retry_after)} if retry_after is not None else {}
 
 
+def _option(default, about: str):
+    return field(default=default, metadata={"help": about})
+
+
 @dataclass(frozen=True)
 class Limits:
-    """What one gateway takes on. Times in seconds, sizes in bytes."""
+    """What one gateway takes on, each an option of its command. Times in seconds."""
 
-    body_bytes: int = 64_000
-    max_tokens: int = 1024  # of one answer; the default too, within the model's context
-    requests_per_minute: int = 600  # per key; a minute's worth may come at once
-    concurrency: int = 64  # requests at one model's engine at the same time
-    queue: int = 256  # requests that wait for one model; the next one is refused with 429
-    timeout: float = 120.0  # of a whole request, waiting included
-    engine_wait: float = 60.0  # for an engine that is being started again
+    body_bytes: int = _option(64_000, "of one request")
+    max_tokens: int = _option(1024, "of one answer; also where a request names none")
+    requests_per_minute: int = _option(600, "per key; a minute's worth may come at once")
+    concurrency: int = _option(64, "requests at one engine at once")
+    queue: int = _option(256, "requests that wait for one engine; the next is refused with 429")
+    timeout: float = _option(120.0, "seconds for a request, waiting included")
+    engine_wait: float = _option(60.0, "seconds for an engine that is being started again")
 
 
 def read_keys(text: str) -> dict[bytes, str]:
@@ -49,10 +53,9 @@ def read_keys(text: str) -> dict[bytes, str]:
     """
     keys = [key.strip() for key in text.split(",") if key.strip()]
     if (short := min(map(len, keys), default=SHORTEST_KEY)) < SHORTEST_KEY:
-        raise ValueError(
-            f"LAB_API_KEYS holds a key of {short} characters; at least {SHORTEST_KEY} are needed. "
-            "Make one: python -c 'import secrets; print(secrets.token_urlsafe(32))'"
-        )
+        said = f"LAB_API_KEYS holds a key of {short} characters; it needs at least {SHORTEST_KEY}."
+        make = "python -c 'import secrets; print(secrets.token_urlsafe(32))'"
+        raise ValueError(f"{said} Make one: {make}")
     digests = [hashlib.sha256(key.encode()).digest() for key in keys]
     return {digest: f"key-{digest.hex()[:8]}" for digest in digests}
 

@@ -100,9 +100,8 @@ class OwnEngine(Engine):
         """Starts the process and waits until it has answered once. Raises: OSError (TimeoutError
         too), RuntimeError.
         """
-        options = ["--batching"] * self.batching + ["--key"] * bool(self.key)
-        if self.format.context:
-            options += ["--context", str(self.format.context)]
+        options = ["--context", str(self.format.context or 1024)]
+        options += ["--batching"] * self.batching + ["--key"] * bool(self.key)
         self.process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-P",
@@ -215,9 +214,8 @@ class OwnEngine(Engine):
 
     def _body(self, request: ChatRequest, tokens: int) -> dict:
         """What is sent to the engine: it reads sampling from `generation_config` only."""
-        body = {"messages": request.messages, "max_tokens": tokens}
-        if "seed" in request.options:
-            body["seed"] = request.options["seed"]
+        body = request.model_dump(include={"messages", "seed"}, exclude_none=True)
+        body["max_tokens"] = tokens
         if not self.batching:
             body["generation_config"] = self._settings(request.options)
         return body

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 from collections.abc import Iterator
+from html import escape
 
 import httpx
 import uvicorn
@@ -70,27 +71,30 @@ def build_page(gateway: str, key: str) -> FastAPI:
 
     client = OpenAI(base_url=gateway, api_key=key or "none", max_retries=2, timeout=180)
 
-    def say(text: str, history: list[dict], names: dict, request: gr.Request):
-        history = [*history, {"role": "user", "content": text}]
-        yield "", history, names
-        for said, name in answer(client, history, request.session_hash or "page"):
-            names[len(history)] = name
-            yield "", [*history, {"role": "assistant", "content": said}], names
+    def shown(talk: list[dict]) -> list[dict]:
+        # Gradio would show HTML, and so let the browser load an image from anywhere.
+        return [{"role": turn["role"], "content": escape(turn["content"])} for turn in talk]
 
-    def thumb(names: dict, consent: bool, like: gr.LikeData):
-        gr.Info(rate(client, names.get(like.index, ""), bool(like.liked), consent))
+    def say(text: str, talk: list[dict], request: gr.Request):
+        talk = [*talk, {"role": "user", "content": text}]
+        yield "", shown(talk), talk
+        for said, name in answer(client, talk, request.session_hash or "page"):
+            longer = [*talk, {"role": "assistant", "content": said, "id": name}]
+            yield "", shown(longer), longer
+
+    def thumb(talk: list[dict], consent: bool, like: gr.LikeData):
+        gr.Info(rate(client, talk[like.index].get("id", ""), bool(like.liked), consent))
 
     with gr.Blocks(title="Chat", analytics_enabled=False) as page:
-        names = gr.State({})  # place of an answer in the talk → its id
-        # The model's words are shown as they are: markdown could make the browser load an image
-        # from anywhere.
+        talk = gr.State([])  # its turns; answers with their ids
         chat = gr.Chatbot(label="Chat", render_markdown=False, sanitize_html=True, buttons=[])
         text = gr.Textbox(label="Your message", placeholder="What is it for?", max_length=4000)
         label = "My thumbs, with prompt and answer, may be used to train the next model."
         consent = gr.Checkbox(False, label=label)
-        text.submit(say, [text, chat, names], [text, chat, names])
-        chat.like(thumb, [names, consent], None)
-        gr.Button("New chat").click(lambda: ([], {}), None, [chat, names])
+        text.submit(say, [text, talk], [text, chat, talk])
+        chat.like(thumb, [talk, consent], None)
+        gr.Button("New chat").click(lambda: ([], []), None, [chat, talk])
+        chat.clear(list, None, talk)
     # Nobody else's web page may speak through this one: it holds the key.
     guard = [Middleware(Guard, paths=OPEN_PATHS)]
     app = FastAPI(middleware=guard, openapi_url=None, max_body_size=1_000_000)

@@ -9,8 +9,6 @@ from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 
-from tokenizers import Tokenizer
-
 from deploy.serving.folders import FolderError, check_folder, read_settings
 
 PROMPT_MEMORY = 2**31  # bytes of address space; about 200 MB are taken before a prompt comes
@@ -32,41 +30,30 @@ class PromptFormat:
         names = ("max_position_embeddings", "n_positions", "n_ctx")
         self.context: int | None = next((config[name] for name in names if config.get(name)), None)
         self.generation = read_settings(folder / "generation_config.json")
-        settings = read_settings(folder / "tokenizer_config.json")
-        self.template, file = settings.get("chat_template"), folder / "chat_template.jinja"
-        if file.exists():
-            self.template = file.read_text(encoding="utf-8")
-        if not isinstance(self.template, str):
+        template = read_settings(folder / "tokenizer_config.json").get("chat_template")
+        if not isinstance(template, str) and not (folder / "chat_template.jinja").exists():
             raise FolderError(f"{folder} has no chat template. Save its tokenizer with one.")
-        self.special = {
-            name: value["content"] if isinstance(value, dict) else value
-            for name, value in settings.items()
-            if name.endswith("_token") and isinstance(value, str | dict)
-        }
 
     @cached_property
-    def _tools(self):
-        """What renders, and what counts: large, and loaded only where prompts are written."""
-        from transformers.utils.chat_template_utils import render_jinja_template  # without torch
+    def tokenizer(self):
+        """What renders and counts: large, and loaded only where prompts are written."""
+        from transformers import PreTrainedTokenizerFast  # without torch, whatever the folder names
 
-        return render_jinja_template, Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+        return PreTrainedTokenizerFast.from_pretrained(self.folder, local_files_only=True)
 
     def prompt(self, messages: list[dict]) -> tuple[str, int]:
         """The prompt as text, and its tokens. Raises: ValueError if the template refuses these
         messages, fails, or writes too much.
         """
-        render, tokenizer = self._tools
-        options = {"add_generation_prompt": True, **self.special}
+        options = {"tokenize": False, "add_generation_prompt": True}
         try:
-            [text], _ = render([messages], chat_template=self.template, **options)
+            text = self.tokenizer.apply_chat_template(messages, **options)
         except Exception as error:  # whatever a program can raise
             said = f"The model's chat template refuses these messages: {error or repr(error)}"
             raise ValueError(said[:300]) from error
         if len(text) > PROMPT_TEXT:
-            raise ValueError(
-                f"The model's chat template writes more than {PROMPT_TEXT} characters."
-            )
-        return text, len(tokenizer.encode(text, add_special_tokens=False))
+            raise ValueError(f"The model's chat template writes over {PROMPT_TEXT} characters.")
+        return text, len(self.tokenizer.encode(text, add_special_tokens=False))
 
 
 _format = cache(PromptFormat)
@@ -75,7 +62,7 @@ _format = cache(PromptFormat)
 def prompt_of(folder: Path, messages: list[dict]) -> tuple[str, int]:
     """`PromptFormat.prompt`, in a process that ends over a prompt that takes too long."""
     form = _format(folder)
-    assert form._tools  # loaded now: their time is not the template's
+    assert form.tokenizer  # loaded now: their time is not the template's
     with suppress(ImportError):  # Windows has no such limits
         import resource
 

@@ -16,9 +16,10 @@ from pathlib import Path
 import httpx
 
 _ROOT = Path(__file__).parents[2]
+ADDRESS = re.compile(r"on (http://\S+)")  # in the log
 
 
-@dataclass(frozen=True)
+@dataclass
 class RunningGateway:
     """A running gateway. `url` ends in `/v1`, as OpenAI's client wants its `base_url`."""
 
@@ -85,10 +86,8 @@ def serving(
             )
         try:
             service = RunningGateway("", process, log)
-            found = wait_for(
-                lambda: re.search(r"on (http://\S+)", service.said()), seconds, "address", service
-            )
-            service = RunningGateway(f"{found[1]}/v1", process, log)
+            found = wait_for(lambda: ADDRESS.search(service.said()), seconds, "address", service)
+            service.url = f"{found[1]}/v1"
             if ready:
                 wait_for(lambda: is_ready(service.root), seconds, "ready engine", service)
             yield service

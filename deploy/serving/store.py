@@ -5,10 +5,12 @@ import json
 import logging
 import sqlite3
 import time
+from bisect import bisect
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from itertools import accumulate
 from pathlib import Path
 from statistics import mean, quantiles
 
@@ -54,9 +56,14 @@ class UnknownRequest(KeyError):
     """Feedback on a request that this caller did not make."""
 
 
-def pseudonym(experiment: str, user: str) -> str:
-    """What is kept in place of a user id: a hash. Whoever knows the id can still find it again."""
-    return hashlib.sha256(f"{experiment}\0{user}".encode()).hexdigest()[:32]
+def pseudonym(*parts: str) -> str:
+    """What is kept of an experiment and a user id: a hash. Whoever knows the id finds it again."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def chance(*parts: str) -> float:
+    """A number from 0 to 1 that looks random, and is the same for the same texts."""
+    return int(pseudonym(*parts)[:13], 16) / 16**13
 
 
 def choose_arm(user: str, weights: dict[str, float]) -> str:
@@ -64,15 +71,10 @@ def choose_arm(user: str, weights: dict[str, float]) -> str:
 
     Raises: ValueError unless some weight is positive and none is negative.
     """
-    total = sum(weights.values())
-    if min(weights.values()) < 0 or not 0 < total < float("inf"):
+    ends = [*accumulate(weights.values())]
+    if min(weights.values()) < 0 or not 0 < ends[-1] < float("inf"):
         raise ValueError(f"Weights must be 0 or larger, and at least one above 0, not {weights}.")
-    point = int(hashlib.sha256(f"arm\0{user}".encode()).hexdigest()[:13], 16) / 16**13 * total
-    for name, weight in weights.items():
-        point -= weight
-        if point < 0:
-            return name
-    return [name for name, weight in weights.items() if weight][-1]
+    return list(weights)[bisect(ends, chance("arm", user) * ends[-1])]
 
 
 class Store:
@@ -105,9 +107,8 @@ class Store:
             script = f"{SCHEMA} PRAGMA user_version = {VERSION};"
             self.safe.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")
         except (sqlite3.Error, OSError) as error:
-            raise StoreError(
-                f"Cannot keep records in {self.path} ({error}). Name another with --store."
-            ) from error
+            said = f"Cannot keep records in {self.path} ({error}). Name another with --store."
+            raise StoreError(said) from error
 
     def _connect(self, synchronous: str, max_bytes: int) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, timeout=5)

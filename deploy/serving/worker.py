@@ -68,7 +68,7 @@ async def whole_answer(self, request_id: str, *inputs, gen_manager, written, **m
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--key", action="store_true", help="no Unix socket; the key comes on stdin")
-    parser.add_argument("--context", type=int, default=1024, help="tokens that the model can read")
+    parser.add_argument("--context", type=int, help="tokens that the model can read")
     parser.add_argument("--batching", action="store_true")
     options = parser.parse_args()
     # Bound from the start: no other process can take the place.
