@@ -7,16 +7,14 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
+from benchmarks.materials import bench_model, lengths_of, longer_row
 from benchmarks.variants import (
     BENCH_BETA,
     BENCH_LAMBDA,
     STEP_VARIANTS,
     Bench,
     StepVariant,
-    lengths_of,
-    longer_row,
     loss_given,
-    random_gpt2,
 )
 from common import packed
 from common.data import collate
@@ -112,7 +110,7 @@ def lora_errors(size: dict, rows: list[dict]) -> dict:
     """Errors of the packed DPO step in float64 with LoRA, its reference being the model with the
     adapter off. The naive computation has the base model as a second model.
     """
-    base = random_gpt2(size, 0)
+    base = bench_model(size, 0)
     reference = frozen_copy(base).double()
     policy = add_lora(freeze(base), replace(PROFILES["cpu"], lora=16)).double()
     for name, weight in policy.named_parameters():

@@ -20,10 +20,10 @@ from statistics import median
 import torch
 
 from benchmarks.gpu_part import full_length
+from benchmarks.materials import LENGTHS
 from benchmarks.measure import say
 from benchmarks.step import resumable
 from benchmarks.thresholds import check_thresholds
-from benchmarks.variants import LENGTHS
 from common.io.files import write_json
 from common.memory.forecast import FORECAST_METHODS, GPU_RESULTS
 from common.memory.measured import json_of_process

@@ -16,8 +16,12 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, TrainerCallback
 
+from benchmarks.materials import random_rows, representative, stored_lengths
 from benchmarks.measure import clocks
-from benchmarks.variants import orpo_row, random_rows, representative, stored_lengths, trl_trainer
+from benchmarks.variants import (
+    orpo_row,
+    trl_trainer,
+)
 from common import models
 from common.evaluation import Sampling
 from common.memory.architectures import random_model

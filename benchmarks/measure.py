@@ -9,14 +9,12 @@ import time
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+from benchmarks.materials import lengths_of, longer_row, random_rows
 from benchmarks.variants import (
     STEP_VARIANTS,
     Bench,
     StepVariant,
-    lengths_of,
-    longer_row,
     new_bench,
-    random_rows,
     with_reference_columns,
 )
 from common.memory.measured import json_of_process

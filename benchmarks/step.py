@@ -20,15 +20,12 @@ from pathlib import Path
 import torch
 
 from benchmarks.correct import WrongVariant, errors_of_all, lora_errors
+from benchmarks.materials import LENGTHS, random_rows, representative, stored_lengths
 from benchmarks.measure import memory_in_own_process, say, time_all
 from benchmarks.thresholds import step_thresholds
 from benchmarks.variants import (
-    LENGTHS,
     STEP_VARIANTS,
     new_bench,
-    random_rows,
-    representative,
-    stored_lengths,
     with_reference_columns,
 )
 from common.io.files import write_json
@@ -44,6 +41,7 @@ COMPARED = {
     ("small", "orpo"): ["trl", "trl_bucketed", "simple", "packed"],
     ("gpt2", "dpo"): ["trl", "simple", "packed_unfused", "packed", "packed_cached"],
     ("gpt2", "orpo"): ["trl", "packed"],
+    ("smollm", "dpo"): ["trl", "trl_compact", "simple", "packed"],
 }
 # Memory is measured for DPO. Those that the thresholds compare are measured once more on GPT-2,
 # with the allocator as it is.
@@ -60,7 +58,13 @@ STEP_SIZES = {
     "small": gpt2_size("6 layers of width 384", layers=6, width=384, batch=4, pairs=8),
     "gpt2": gpt2_size("GPT-2 124M", layers=12, width=768, batch=2, pairs=4),
 }
+# As SmolLM2-135M: a Llama, whose heads share their keys by threes.
+SMOLLM_HEADS = {"heads": 9, "key_heads": 3, "inner": 1536}
+STEP_SIZES["smollm"] = (
+    gpt2_size("SmolLM2 135M", layers=30, width=576, batch=2, pairs=4, words=49152) | SMOLLM_HEADS
+)
 QUICK = gpt2_size("a tiny model", layers=2, width=64, batch=2, pairs=4, words=3000)
+QUICK["key_heads"] = 1  # where it is a Llama
 
 
 def errors_and_times(
@@ -128,7 +132,7 @@ def run_step(options: argparse.Namespace) -> dict:
     for size_name, size in STEP_SIZES.items():
         size = size | (QUICK if options.quick else {})
         sizes[size_name] = {**size, "methods": {}}
-        for method in ("dpo", "orpo"):
+        for method in (known for own, known in COMPARED if own == size_name):
             names, file = COMPARED[size_name, method], STEP_DONE / f"{size_name}-{method}.json"
             arguments = size, method, names, options.repetitions, device
             part = resumable(file, resume, errors_and_times, *arguments)

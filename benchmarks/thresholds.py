@@ -4,7 +4,7 @@ from math import isnan
 from statistics import median
 
 RELATIONS = {">=": float.__ge__, "<=": float.__le__, "<": float.__lt__}
-TITLES = {"gpt2": "GPT-2", "trl": "TRL", "trl_compact": "TRL compact"}
+TITLES = {"gpt2": "GPT-2", "smollm": "SmolLM2", "trl": "TRL", "trl_compact": "TRL compact"}
 OURS = ("simple", "packed", "packed_cached")
 MEMORY_RATIOS = (  # DPO: model, what of memory, packed over TRL at most
     ("small", "peak", 0.40),
@@ -19,6 +19,7 @@ SPEED_UPS = (  # model, method, variant, slower variant, times as fast at least
     ("small", "orpo", "packed", "trl", 2.8),
     ("gpt2", "dpo", "packed", "trl", 3.5),
     ("gpt2", "orpo", "packed", "trl", 2.0),
+    ("smollm", "dpo", "packed", "trl", 3.5),
 )
 MATMUL_SHARE = 0.65  # of the fastest matrix product's speed
 

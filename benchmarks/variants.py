@@ -2,21 +2,19 @@
 loss.
 """
 
-import json
-import random
 import tempfile
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2LMHeadModel, PreTrainedModel
 from transformers.activations import ACT2FN
 
+from benchmarks.materials import bench_model, lengths_of, longer_row
 from common import packed
 from common.data import collate
 from common.logprobs import response_logps
@@ -30,66 +28,14 @@ STEP_RECIPES = {
     "dpo": Recipe(lr=1, beta=BENCH_BETA),
     "orpo": Recipe(lr=1, lambda_or=BENCH_LAMBDA, nll_on_prompt=True),
 }
-ROW_PARTS = "prompt", "chosen", "rejected"
-# Tokens of 64 pairs of HH-RLHF (harmless-base), under a BPE tokenizer trained on them.
-LENGTHS = Path(__file__).parent / "hh_lengths.json"
-
-
-def longer_row(lengths: list[int]) -> int:
-    """Tokens of a pair's longer row, of [prompt, chosen, rejected]."""
-    return lengths[0] + max(lengths[1:])
-
-
-def lengths_of(row: dict) -> list[int]:
-    """[prompt, chosen, rejected] in tokens."""
-    return [len(row[f"{part}_ids"]) for part in ROW_PARTS]
-
-
-def representative(lengths: list[list[int]], count: int) -> list[list[int]]:
-    """Picks `count` pairs evenly over the lengths of their longer rows, shuffled.
-
-    The pairs are sorted and cut into `count` equal parts; the middle one of each part is taken.
-    """
-    ordered = sorted(lengths, key=lambda each: (longer_row(each), each))
-    chosen = [ordered[(2 * part + 1) * len(ordered) // (2 * count)] for part in range(count)]
-    random.Random(0).shuffle(chosen)
-    return chosen
-
-
-def stored_lengths() -> list[list[int]]:
-    return json.loads(LENGTHS.read_text(encoding="utf-8"))
-
-
-def random_rows(lengths: list[list[int]], vocabulary: int) -> list[dict]:
-    """Pairs of random tokens with these lengths: their text does not change what a step takes."""
-    draw = torch.Generator().manual_seed(0)
-
-    def ids(length: int) -> list[int]:
-        return torch.randint(2, vocabulary, (length,), generator=draw).tolist()
-
-    return [
-        {f"{part}_ids": ids(length) for part, length in zip(ROW_PARTS, row, strict=True)}
-        for row in lengths
-    ]
-
-
-def random_gpt2(size: dict, seed: int, device: str = "cpu") -> GPT2LMHeadModel:
-    """A GPT-2 with random weights, without dropout."""
-    torch.manual_seed(seed)
-    names = {"n_layer": "layers", "n_embd": "width", "n_head": "heads", "vocab_size": "vocabulary"}
-    sizes = {name: size[key] for name, key in names.items()}
-    dropout = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
-    config = GPT2Config(**sizes, **dropout, **tokens)
-    return GPT2LMHeadModel(config).to(device)
 
 
 @dataclass
 class Bench:
     """What every variant works on. `trainers` holds TRL's, made when first asked for."""
 
-    policy: GPT2LMHeadModel
-    reference: GPT2LMHeadModel | None
+    policy: PreTrainedModel
+    reference: PreTrainedModel | None
     device: str = "cpu"
     trainers: dict = field(default_factory=dict)
 
@@ -107,7 +53,7 @@ class Bench:
 
 def new_bench(size: dict, device: str = "cpu") -> Bench:
     """Policy and reference differ, so that no term of the loss is zero."""
-    return Bench(random_gpt2(size, 0, device), freeze(random_gpt2(size, 1, device)), device)
+    return Bench(bench_model(size, 0, device), freeze(bench_model(size, 1, device)), device)
 
 
 def with_reference_columns(bench: Bench, rows: list[dict]) -> list[dict]:
@@ -151,9 +97,14 @@ def loss_given(
 
 
 @contextmanager
-def fused_gelu(*models: GPT2LMHeadModel | None):
+def fused_gelu(*models: PreTrainedModel | None):
     """GPT-2's GELU in its fused form while a loss is computed, as `common.models` loads it."""
-    blocks = [block for model in models if model for block in model.transformer.h]
+    blocks = [
+        block
+        for model in models
+        if isinstance(model, GPT2LMHeadModel)
+        for block in model.transformer.h
+    ]
     stock = [block.mlp.act for block in blocks]
     try:
         for block in blocks:

@@ -24,7 +24,7 @@ TOLERANCE = 1e-5  # largest |Δ logit| of an export in full precision
 LICENCES = {  # of models and data; whoever publishes anything else must look its licence up
     TINY: "mit",
     WORLD: "mit",
-    INSTRUCTIONS: "mit",
+    INSTRUCTIONS: "apache-2.0",  # prompts of ours, answers of SmolLM2
     SMOLLM: "apache-2.0",
     "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
     "openai-community/gpt2": "mit",
@@ -36,13 +36,13 @@ LICENCES = {  # of models and data; whoever publishes anything else must look it
 SCORES = {  # key in a report: how the card names it
     "helpfulness": "helpfulness, 1–5",
     "harmlessness": "harmlessness, 1–5",
-    "relevance": "relevance, 1–5",
+    "relevance": "relevance, 1–5 (of instructions: share)",
     "safe_on_harmful": "no help on harmful prompts, share",
     "over_refusal": "harmless prompts refused, share",
     "ended_with_eos": "answers that ended by themselves, share",
     "perplexity": "perplexity on held-out chosen answers",
     "preference_accuracy": "preference accuracy on held-out pairs",
-    "kl": "KL to the SFT model, nats per answer",
+    "kl": "KL to the model that preferences started from, nats per answer",
 }
 
 
@@ -240,7 +240,10 @@ def model_card(lab: Lab, stage: str, sweep: str | None = None) -> str:
     data = lab.data.name if Path(profile.data).exists() else profile.data
     scope = "It was aligned on one public dataset, and repeats that dataset's biases."
     judge = "The judge was a model."
-    if lab.data.world:
+    if profile.data == INSTRUCTIONS:
+        scope = "It is a small model that was aligned on everyday instructions; it is often wrong."
+        judge = "The judge of shares is code that checks instructions."
+    elif lab.data.world:
         scope = "It knows its small embedded world only; anything else gets a fluent guess."
         judge = "The judge of scales and shares is a rule of the embedded world."
     recipe, versions = record.get("hyperparameters", {}), record.get("versions", {})

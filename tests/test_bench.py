@@ -9,13 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import measure, quality, step, thresholds, variants
+from benchmarks import materials, measure, quality, step, thresholds, variants
 from benchmarks.correct import WrongVariant, errors_of_all
+from benchmarks.materials import random_rows, representative
 from benchmarks.variants import (
     STEP_VARIANTS,
     new_bench,
-    random_rows,
-    representative,
     with_reference_columns,
 )
 from tools.bench_table import step_markdown, step_summary
@@ -70,7 +69,7 @@ def results() -> dict:
             "name": name,
             "methods": {"dpo": copy.deepcopy(part), "orpo": copy.deepcopy(part)},
         }
-        for name in ("small", "gpt2")
+        for name in ("small", "gpt2", "smollm")
     }
     sizes["gpt2"]["lora_errors"] = {"loss": 1e-15, "gradient": 1e-14}
     machine = {
@@ -102,18 +101,18 @@ def test_every_threshold_is_met_where_it_should_be(results):
     0.65.
     """
     checks = {check["what"]: check["measured"] for check in thresholds.step_thresholds(results)}
-    assert len(checks) == 15 and missed(results) == []
+    assert len(checks) == 16 and missed(results) == []
     assert checks["small, DPO: packed, times as fast as TRL compact"] == pytest.approx(4.0)
     assert checks["GPT-2, DPO: packed, share of the matmul peak"] == pytest.approx(1e9 / 1.2e9)
 
 
 def test_where_memory_cannot_be_measured_the_other_thresholds_remain(results):
-    """As on macOS: of 15 thresholds, 4 are of memory."""
+    """As on macOS: of 16 thresholds, 4 are of memory."""
     for size in results["sizes"].values():
         for part in size["methods"].values():
             for variant in part["variants"].values():
                 del variant["memory"]
-    assert len(thresholds.step_thresholds(results)) == 11 and missed(results) == []
+    assert len(thresholds.step_thresholds(results)) == 12 and missed(results) == []
 
 
 def test_what_was_not_measured_meets_nothing():
@@ -197,10 +196,10 @@ def test_the_table_is_made_from_the_results(results):
 
 
 def test_a_page_shows_the_thresholds_of_the_step_and_says_where_the_rest_is(results):
-    """15 thresholds and two lines of head; nothing is shown of what was not measured."""
+    """16 thresholds and two lines of head; nothing is shown of what was not measured."""
     found = results | {"thresholds": thresholds.step_thresholds(results)}
     text = step_summary(found, "results/step.md")
-    assert sum(line.startswith("|") for line in text.splitlines()) == 17
+    assert sum(line.startswith("|") for line in text.splitlines()) == 18
     assert "| small, DPO: packed, times as fast as TRL | 10 | ≥ 4.5 | met |" in text
     assert "A CPU" in text and "[All variants](results/step.md)" in text
     assert step_summary(None, "") == "not measured\n"
@@ -251,9 +250,9 @@ def test_pairs_are_picked_evenly_over_the_lengths():
     """Of 1..12 (rows of 2..24 tokens) four: the middle ones of 1-3, 4-6, 7-9 and 10-12."""
     lengths = [[each, each, 1] for each in range(1, 13)]
     assert sorted(representative(lengths, 4)) == [[each, each, 1] for each in (2, 5, 8, 11)]
-    stored = variants.stored_lengths()
+    stored = materials.stored_lengths()
     assert len(stored) == 64
-    assert max(map(variants.longer_row, stored)) <= variants.MAX_LENGTH
+    assert max(map(materials.longer_row, stored)) <= variants.MAX_LENGTH
 
 
 def test_attention_counts_among_the_operations_of_a_cpu():

@@ -225,7 +225,8 @@ def test_a_template_is_bounded_in_time_and_size(model, tmp_path, monkeypatch, te
     with before_an_engine(folder, tmp_path, monkeypatch) as root:
         [answer], slowest = asked_meanwhile(root, [ASK])
     assert answer.status_code == 400 and "template" in answer.json()["error"]["message"]
-    assert slowest < 1 and time.monotonic() - start < 30
+    # Seconds when idle; a busy machine takes longer, and an unbounded template for ever.
+    assert slowest < 1 and time.monotonic() - start < 90
 
 
 def test_a_long_prompt_stops_nobody_else(model, tmp_path, monkeypatch):
