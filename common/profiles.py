@@ -202,8 +202,8 @@ PROFILES = {
             "dpo": f"{TRIAL}; β: {DPO_PAPER}",
             "orpo": f"{TRIAL}; λ: the lab page",
         },
-        pairs=512,
-        held_out=128,
+        pairs=304,  # as many as the file of pairs gives while it is not whole; then 512
+        held_out=100,  # then 128
         sampled_prompts=32,
         flaw_rates=(),
         max_length=512,
