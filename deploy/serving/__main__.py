@@ -168,11 +168,11 @@ def main(arguments: list[str] | None = None) -> int:
     host = f"[{options.host}]" if ":" in options.host else options.host
     port = listener.getsockname()[1]
     log.info("serving %s on http://%s:%d", ", ".join(gateway.engines), host, port)
-    for sign in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again, once all is answered
-        signal.signal(sign, lambda *_: sys.exit(0))
     uvicorn.Server(config).run(sockets=[listener])
     return 0
 
 
 if __name__ == "__main__":
+    for sign in (signal.SIGINT, signal.SIGTERM):  # uvicorn raises it again, once all is answered
+        signal.signal(sign, lambda *_: sys.exit(0))
     sys.exit(main())
