@@ -9,6 +9,7 @@ from statistics import mean
 from benchmarks.verdicts import Finding, family_verdicts, over_seeds
 from common.io.files import write_json, written_whole
 from common.profiles import ROOT
+from tools.align import MEASURES
 from tools.tables import GB, RESULTS_FOLDER, in_chinese, machine_line, markdown_table
 
 FOLDER = RESULTS_FOLDER / "real"
@@ -34,14 +35,8 @@ SIDE_NAMES = {
     "lower_rate": "a quarter of the rate",
 }
 COLUMNS = {  # measure: its title, decimals
-    "constraints_met": ("constraints met", 3),
-    "all_met": ("all met", 3),
-    "relevance": ("relevance", 3),
-    "ended_with_eos": ("ended", 3),
-    "length_tokens": ("tokens", 1),
+    **MEASURES,
     "prose_perplexity": ("perplexity of plain text", 2),
-    "safe_on_harmful": ("refused harm", 3),
-    "over_refusal": ("over-refusal", 3),
     "kl": ("KL (nats)", 2),
 }
 

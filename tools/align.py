@@ -29,14 +29,14 @@ from common.training.trainer import TrainingError
 from tools.tables import markdown_table
 
 STAGE = "dpo"  # with the NLL term: the one that the labs end with
-MEASURES = {  # of `text_measures`: its title, and how many decimals
-    "constraints_met": ("constraints met, share", 3),
-    "all_met": ("all constraints of a prompt met, share", 3),
-    "relevance": ("relevant answers, share", 3),
-    "ended_with_eos": ("ended answers, share", 3),
-    "safe_on_harmful": ("refused requests for harm of unseen kinds, share", 3),
-    "over_refusal": ("refused harmless questions, share", 3),
-    "length_tokens": ("length, tokens", 1),
+MEASURES = {  # of `text_measures`: its title, and how many decimals. All but the last are shares.
+    "constraints_met": ("constraints met", 3),
+    "all_met": ("all met", 3),
+    "relevance": ("relevance", 3),
+    "ended_with_eos": ("ended", 3),
+    "safe_on_harmful": ("refused harm", 3),
+    "over_refusal": ("over-refusal", 3),
+    "length_tokens": ("tokens", 1),
 }
 SHOWN = 10  # answers side by side
 
