@@ -40,12 +40,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return environment
 
 
-@pytest.mark.notebook
-@pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs(notebook, environment):
-    if failed:
-        pytest.fail(f"not run, because {failed[0]} failed before it", pytrace=False)
-    failed.append(notebook)
+def run_by_itself(notebook: str, environment: dict[str, str]) -> None:
+    """Runs one notebook in a kernel of its own. The test fails with what the kernel said."""
     options = [
         "-x",
         "--color=no",
@@ -64,4 +60,13 @@ def test_notebook_runs(notebook, environment):
     )
     if result.returncode != 0:
         pytest.fail(f"{notebook}\n{result.stdout}", pytrace=False)
+
+
+@pytest.mark.notebook
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_runs(notebook, environment):
+    if failed:
+        pytest.fail(f"not run, because {failed[0]} failed before it", pytrace=False)
+    failed.append(notebook)
+    run_by_itself(notebook, environment)
     failed.clear()
