@@ -7,6 +7,7 @@ leave the list.
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import nbformat

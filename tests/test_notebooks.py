@@ -42,8 +42,8 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return environment
 
 
-def run(notebook: str, environment: dict[str, str]) -> None:
-    """Fails with the notebook's own error."""
+def run_by_itself(notebook: str, environment: dict[str, str]) -> None:
+    """Runs one notebook in a kernel of its own. The test fails with what the kernel said."""
     options = [
         "-x",
         "--color=no",
@@ -70,7 +70,7 @@ def test_notebook_runs(notebook, environment):
     if failed:
         pytest.fail(f"not run, because {failed[0]} failed before it", pytrace=False)
     failed.append(notebook)
-    run(notebook, environment)
+    run_by_itself(notebook, environment)
     failed.clear()
 
 
@@ -79,4 +79,4 @@ def test_notebook_runs(notebook, environment):
 @pytest.mark.parametrize("notebook", DEEP_DIVES)
 def test_a_deep_dive_runs_by_itself(notebook, environment):
     """Nothing but its own cells has run: it trains what it needs, or finds it trained."""
-    run(notebook, environment)
+    run_by_itself(notebook, environment)
