@@ -13,14 +13,14 @@ from pathlib import Path
 
 from common.io.files import write_json
 from tools import claims_table, readme_table
-from tools.tables import RESULTS_FOLDER
+from tools.tables import GB, RESULTS_FOLDER
 
-TEXTS = Path(__file__).with_name("claims.toml")
-CLAIMS = RESULTS_FOLDER / "claims.json"
-WORLDS = {"toy": "study", "real": "real"}  # a world and the file of its plan's results
-HOW = {"toy": "make study", "real": "make real"}  # what makes them
+CLAIM_TEXTS = Path(__file__).with_name("claims.toml")
+CLAIM_RESULTS = RESULTS_FOLDER / "claims.json"
+PLANS = {"toy": "study", "real": "real"}  # a world and the file of its plan's results
+MADE_BY = {"toy": "make study", "real": "make real"}  # what makes them
 NO_TEST = "not testable here"
-NAMES = {  # an arm, without the flaw rate of its pairs
+ARMS_IN_WORDS = {  # an arm, without the flaw rate of its pairs
     "sft": "SFT",
     "start": "the start",
     "lambda0": "λ = 0",
@@ -40,7 +40,7 @@ NAMES = {  # an arm, without the flaw rate of its pairs
     "orpo_clean": "ORPO on clean pairs",
     "orpo_lambda0_clean": "λ = 0 on clean pairs",
 }
-MEASURES = {  # a measure: what the tables call it, and its decimals
+MEASURES_SHOWN = {  # a measure: what the tables call it, and its decimals
     "reward_margin": ("reward margin (β = 0.1)", 2),
     "preference_accuracy": ("preference accuracy", 3),
     "kl": ("KL (nats)", 2),
@@ -51,7 +51,6 @@ MEASURES = {  # a measure: what the tables call it, and its decimals
     "constraints_met": ("constraints met", 3),
     "safe_on_harmful": ("safe on harmful", 3),
 }
-GB = 1e9
 
 
 class ClaimError(ValueError):
@@ -61,11 +60,11 @@ class ClaimError(ValueError):
 def arm_name(arm: str) -> str:
     """`orpo@.3` → `ORPO, flaw rate .3`. Raises: ClaimError for an arm without a name."""
     stem, _, knob = arm.partition("@")
-    if stem not in NAMES:
-        raise ClaimError(f"There is no arm {stem!r}. Known: {', '.join(NAMES)}.")
+    if stem not in ARMS_IN_WORDS:
+        raise ClaimError(f"There is no arm {stem!r}. Known: {', '.join(ARMS_IN_WORDS)}.")
     if not knob:
-        return NAMES[stem]
-    return f"{NAMES[stem]} ({'tiers' if knob == 'tiers' else f'flaw rate {knob}'})"
+        return ARMS_IN_WORDS[stem]
+    return f"{ARMS_IN_WORDS[stem]} ({'tiers' if knob == 'tiers' else f'flaw rate {knob}'})"
 
 
 def number(found, digits: int = 3, sign: bool = False) -> str:
@@ -94,7 +93,7 @@ def _win(results: dict, text: str) -> str | None:
 
 def _arm(results: dict, text: str) -> str | None:
     arm, measure = text.split()
-    title, digits = MEASURES[measure]
+    title, digits = MEASURES_SHOWN[measure]
     title = f"{title}, {arm_name(arm)}"
     own = results.get("arms", {}).get(arm, {})
     found = own.get("measures", own).get(measure)
@@ -153,7 +152,7 @@ def weighed(world: str, lines: list[str], read) -> dict:
     """
     if lines == ["none"]:
         return {"verdict": NO_TEST, "evidence": []}
-    results = read(WORLDS[world])
+    results = read(PLANS[world])
     verdict, evidence = None, []
     of_world, of_files = {"win": _win, "arm": _arm, "cost": _cost}, {"memory": _memory, "at": _at}
     for line in lines:
@@ -184,14 +183,14 @@ def read_file(name: str) -> dict:
 def claims(texts: dict | None = None, read=read_file) -> dict[str, dict]:
     """{id: {"claim", "source", "met", "note", "toy", "real"}}, all that the pages show."""
     found = {}
-    for name, entry in (texts or tomllib.loads(TEXTS.read_text(encoding="utf-8"))).items():
+    for name, entry in (texts or tomllib.loads(CLAIM_TEXTS.read_text(encoding="utf-8"))).items():
         try:
-            worlds = {world: weighed(world, entry[world], read) for world in WORLDS}
+            worlds = {world: weighed(world, entry[world], read) for world in PLANS}
         except ClaimError as error:
             raise ClaimError(f"{name}: {error}") from None
         for world, own in worlds.items():
             if own["verdict"] == "not measured yet":
-                own["verdict"] += f" ({HOW[world]})"
+                own["verdict"] += f" ({MADE_BY[world]})"
         found[name] = {key: entry[key] for key in ("claim", "source", "met", "note")} | worlds
     return found
 
@@ -206,10 +205,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="recompute, compare, write nothing")
     check, found = parser.parse_args(arguments).check, claims()
     if not check:
-        write_json(CLAIMS, found)
+        write_json(CLAIM_RESULTS, found)
         return readme_table.main()
-    wrong = [] if CLAIMS.exists() and read_file("claims") == found else [CLAIMS.name]
-    for page in [page for pattern in claims_table.PAGES for page in sorted(readme_table.ROOT.glob(pattern))]:
+    wrong = [] if CLAIM_RESULTS.exists() and read_file("claims") == found else [CLAIM_RESULTS.name]
+    for page in [
+        page
+        for pattern in claims_table.CLAIM_PAGES
+        for page in sorted(readme_table.ROOT.glob(pattern))
+    ]:
         text = page.read_text(encoding="utf-8")
         wrong += [] if readme_table.filled(page, text) == text else [page.name]
     for name in wrong:

@@ -2,14 +2,14 @@
 
 from tools.tables import in_chinese, markdown_table, read_results
 
-PAGES = ("docs/claims*.md", "Lab-*/README*.md")
+CLAIM_PAGES = ("docs/claims*.md", "Lab-*/README*.md")
 SOURCES = {  # of the claims: the older course pages
     "lab-1.7": ("the DPO page", "DPO 頁面"),
     "lab-1.8": ("the ORPO lab page", "ORPO 實驗頁面"),
     "orpo-page": ("the ORPO page", "ORPO 介紹頁面"),
     "orpo-notes": ("the ORPO notes", "ORPO 筆記"),
 }
-HEADER = (
+CLAIMS_HEADER = (
     ["", "claim", "toy world", "real model", "where"],
     ["", "主張", "玩具世界", "真實模型", "位置"],
 )
@@ -54,7 +54,7 @@ def lab_table(letter: str, link, chinese: bool = False) -> str:
                     _links(entry["met"], link),
                 ]
             )
-    return markdown_table(HEADER[chinese], rows) + "\n"
+    return markdown_table(CLAIMS_HEADER[chinese], rows) + "\n"
 
 
 def claims_page(link, chinese: bool = False) -> str:

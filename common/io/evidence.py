@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pandas
 
-FOLDER = Path(__file__).parents[2] / "benchmarks" / "results"
-WIDTH = 100
-MAKE = {"study": "make study", "real": "make real", "claims": "python -m benchmarks.claims"}
+EVIDENCE = Path(__file__).parents[2] / "benchmarks" / "results"
+_WIDTH = 100
+_MAKE = {"study": "make study", "real": "make real", "claims": "python -m benchmarks.claims"}
 
 
 def evidence(name: str) -> dict:
     """A results file, `study`, `real` or `claims`; {} where it is not there yet."""
-    path = FOLDER / f"{name}.json"
+    path = EVIDENCE / f"{name}.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def _say(text: str, indent: str = "") -> None:
-    print(textwrap.fill(text, WIDTH, initial_indent=indent, subsequent_indent=indent + "  "))
+    print(textwrap.fill(text, _WIDTH, initial_indent=indent, subsequent_indent=indent + "  "))
 
 
 def _missing(what: str, name: str = "study") -> None:
-    _say(f"not measured yet: {what} ({MAKE[name]})")
+    _say(f"not measured yet: {what} ({_MAKE[name]})")
 
 
 def as_text(found: dict | None, digits: int = 3) -> str:

@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.io.evidence import study_rate
-from common.plots import BESIDE, GREY, MARK, PALETTE, REJECTED
+from common.io.evidence import as_text, study_rate
+from common.plots import BESIDE, GREY, MARK, PALETTE, REJECTED, subplots
 
 METHOD_COLOURS = dict(
     zip(("SFT", "λ = 0", "DPO plain", "DPO + NLL", "ORPO"), PALETTE, strict=False)
@@ -36,7 +36,7 @@ def flaw_rates(
         rates per flaw rate}; `ends`: what being below and above one half means, written into the
         figure.
     """
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+    figure, ax = subplots(figsize=(8, 4.2))
     for index, (name, points) in enumerate(lines.items()):
         colour = METHOD_COLOURS.get(name, PALETTE[-1])
         low, middle, high = ([point[key] for point in points] for key in ("low", "rate", "high"))
@@ -70,12 +70,12 @@ def study_rates(pairs: dict[str, tuple[str, str]], title: str = "") -> Figure | 
         print(f"not measured yet: {label} (make study)")
     if not found:
         return None
-    figure, ax = plt.subplots(figsize=(7.5, 1.2 + 0.45 * len(found)))
-    for place, (label, rate) in enumerate(reversed(found.items())):
+    figure, ax = subplots(figsize=(7.5, 1.2 + 0.45 * len(found)))
+    for place, rate in enumerate(reversed(found.values())):
         ax.plot(rate["ci95"], [place, place], color=PALETTE[0], linewidth=3, alpha=0.5)
         ax.plot(rate["mean"], place, "o", color=PALETTE[0])
         above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        ax.annotate(f"{rate['mean']:.3f}", (rate["mean"], place), **above)
+        ax.annotate(as_text(rate), (rate["mean"], place), **above)
     ax.axvline(0.5, **MARK)
     seeds = " or ".join(map(str, sorted({rate["seeds"] for rate in found.values()})))
     xlabel = f"win rate of the first (ties half), 95 % interval over {seeds} seeds"
@@ -94,7 +94,7 @@ def win_rate_matrix(rates: dict[str, dict], stages: dict[str, str], title: str =
     """
     size, names = len(stages), list(stages.values())
     table = np.full((size, size), np.nan)
-    figure, ax = plt.subplots(figsize=(2.4 + 1.15 * size, 1.2 + 0.75 * size))
+    figure, ax = subplots(figsize=(2.4 + 1.15 * size, 1.2 + 0.75 * size))
     for row, first in enumerate(stages):
         for column, second in enumerate(stages):
             for key, sign in ((f"{first}_vs_{second}", 1), (f"{second}_vs_{first}", -1)):
@@ -126,7 +126,7 @@ def measure_panels(
     """
     columns = min(4, len(measures))
     rows = -(-len(measures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 2.7 * rows), squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(2.9 * columns, 2.7 * rows), squeeze=False)
     for ax in axes.flat[len(measures) :]:
         ax.set_visible(False)
     places, labels = range(len(names)), list(names.values())
@@ -162,7 +162,7 @@ def memory_by_part(rows: dict[str, dict], title: str = "") -> Figure:
 
     Args: `rows`: {name: as `common.memory.measured.measure_method` gives it}.
     """
-    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
+    figure, ax = subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
     parts = {name: [row[key] / 1e9 for row in rows.values()] for key, name in MEMORY_PARTS.items()}
     places = _stacked(ax, list(rows), parts, (*PALETTE[:4], GREY))
     for place, total in zip(places, np.sum(list(parts.values()), axis=0), strict=True):
@@ -179,7 +179,7 @@ def memory_forecasts(rows: dict[str, tuple[dict, dict]], gigabytes: float) -> Fi
     Args: `rows`: {name: (bytes by part at the peak of a step, bytes at the peak of each phase)};
         `gigabytes`: of the GPU, drawn as a dashed line.
     """
-    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(rows)))
+    figure, ax = subplots(figsize=(9, 0.8 + 0.36 * len(rows)))
     names = next(iter(rows.values()))[0]
     parts = {part: [found[part] / 1e9 for found, _ in rows.values()] for part in names}
     places = _stacked(ax, list(rows), parts, plt.get_cmap("tab10").colors)
@@ -198,7 +198,7 @@ def frontier(points: dict[str, dict], xlabel: str, ylabel: str, title: str = "")
 
     Args: `points`: {name: {"cost", "rate", "low", "high"}}; `low` and `high` None: no interval.
     """
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+    figure, ax = subplots(figsize=(8, 4.2))
     best, stairs = -np.inf, []
     for point in sorted(points.values(), key=lambda p: (p["cost"], -p["rate"])):
         if point["rate"] > best:
@@ -237,7 +237,7 @@ def gradient_cosines(
     """Left: cosines of two gradients along training. Right: the NLL of held-out chosen answers
     along plain DPO.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.7), width_ratios=(3, 2))
+    figure, (left, right) = subplots(1, 2, figsize=(10, 3.7), width_ratios=(3, 2))
     colours = (REJECTED, PALETTE[0], PALETTE[4])
     for colour, (name, values) in zip(colours, cosines.items(), strict=False):
         left.plot(steps, values, "o-", color=colour, label=name, markersize=4)
