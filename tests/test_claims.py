@@ -9,7 +9,7 @@ import pytest
 from benchmarks import claims as made
 from benchmarks.claims import CLAIM_TEXTS, ClaimError, claims, weighed
 from common.io import evidence
-from common.plots.comparisons import study_rates
+from common.plots.study import study_knobs, study_rates
 from tools import claims_table
 
 ALL = [f"{letter}{number}" for letter in "DO" for number in range(1, 18)]
@@ -202,6 +202,17 @@ def test_the_figure_of_the_study_has_its_intervals(results):
     ends = sorted(tuple(line.get_xdata()) for line in ax.lines[:-1] if len(line.get_xdata()) == 2)
     assert ends == [pytest.approx((0.15, 0.3)), pytest.approx((0.7, 0.85))]
     assert "12 seeds" in ax.get_xlabel()
+
+
+def test_the_figure_over_flaw_rates_has_error_bars_where_there_are_results(results, capsys):
+    figure = study_knobs({"DPO + NLL": ("dpo", "sft"), "back": ("sft", "dpo")})
+    (ax,) = figure.axes
+    assert [bars.lines[0].get_ydata().tolist() for bars in ax.containers] == [
+        pytest.approx([0.8]),
+        pytest.approx([0.2]),
+    ]
+    assert study_knobs({"ORPO": ("orpo", "lambda0")}) is None
+    assert "not measured yet: ORPO" in capsys.readouterr().out
 
 
 def test_verdicts_are_found_by_a_word(results, capsys):

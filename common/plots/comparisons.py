@@ -6,7 +6,6 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.io.evidence import as_text, study_rate
 from common.plots import BESIDE, GREY, MARK, PALETTE, REJECTED, subplots
 
 METHOD_COLOURS = dict(
@@ -55,33 +54,6 @@ def flaw_rates(
     ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
     ax.margins(y=0.16)
     ax.legend(**BESIDE)
-    return figure
-
-
-def study_rates(pairs: dict[str, tuple[str, str]], title: str = "") -> Figure | None:
-    """Win rates of the study, mean and 95 % interval over its seeds; the dashed line is a draw.
-
-    Args: `pairs`: {label: (arm, the arm it is compared with)}, such as `("orpo@.3", "lambda0@.3")`.
-    Returns: None, with a line that says so, where the study has none of them yet.
-    """
-    found = {label: study_rate(*pair) for label, pair in pairs.items()}
-    found = {label: rate for label, rate in found.items() if rate}
-    for label in pairs.keys() - found.keys():
-        print(f"not measured yet: {label} (make study)")
-    if not found:
-        return None
-    figure, ax = subplots(figsize=(7.5, 1.2 + 0.45 * len(found)))
-    for place, rate in enumerate(reversed(found.values())):
-        ax.plot(rate["ci95"], [place, place], color=PALETTE[0], linewidth=3, alpha=0.5)
-        ax.plot(rate["mean"], place, "o", color=PALETTE[0])
-        above = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center", "fontsize": 8}
-        ax.annotate(as_text(rate), (rate["mean"], place), **above)
-    ax.axvline(0.5, **MARK)
-    seeds = " or ".join(map(str, sorted({rate["seeds"] for rate in found.values()})))
-    xlabel = f"win rate of the first (ties half), 95 % interval over {seeds} seeds"
-    ax.set(title=title, xlabel=xlabel, ylim=(-0.6, len(found) - 0.3))
-    ax.set_yticks(range(len(found)), list(reversed(found)))
-    ax.margins(x=0.1)
     return figure
 
 
