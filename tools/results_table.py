@@ -128,22 +128,6 @@ def quality_markdown(results: dict) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _flaw_rates(report: dict) -> list[str]:
-    """Win rates by share of flawed pairs. Nothing where there is no embedded world."""
-    if not report["flaw_rates"]:
-        return []
-    arms = {rate: report["arms"].get(name, report) for rate, name in report["flaw_rates"].items()}
-    arms["tiers"] = report["arms"]["tiers"]
-    rows = [
-        [text, *(_rate_cell(arm["win_rate"][name]) for arm in arms.values())]
-        for name, text in (
-            ("orpo_vs_orpo_lambda0", "ORPO against λ = 0"),
-            ("dpo_vs_orpo_lambda0", "DPO + NLL against λ = 0"),
-        )
-    ]
-    return [markdown_table(["flaw rate of the pairs", *arms], rows)]
-
-
 def _memory_table(runs: list[dict]) -> list[str]:
     """Peak memory by part, measured in one process per method."""
     size = runs[0]
@@ -178,12 +162,8 @@ def comparison_markdown(results: dict) -> str:
             f"`{profile}`: {basis} (95 %); judge: {report['judge']}.",
             _stage_table(report["models"], STAGE_NAMES, first, last),
             f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {passes:.3f}.",
-            *_flaw_rates(report),
+            *_memory_table(report["memory"]),
         ]
-        if "twice" in report["arms"]:
-            rate = report["arms"]["twice"]["win_rate"]["orpo_vs_orpo_lambda0"]
-            blocks.append(f"ORPO against λ = 0 trained twice as long: {_rate_cell(rate)}.")
-        blocks += _memory_table(report["memory"])
     return "\n\n".join(blocks) + "\n"
 
 

@@ -41,20 +41,30 @@ def histograms(
 
 
 def bars(
-    values: dict[str, dict[str, float]],
+    values: dict[str, dict[str, float | dict]],
     ylabel: str,
     title: str = "",
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
-) -> Figure:
-    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model."""
-    measures = list(next(iter(values.values())))
+) -> Figure | None:
+    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model.
+
+    A value {"mean", "ci95"} gets an error bar; one that a model lacks is 0. Returns: None, with a
+    line that says so, where there are no values.
+    """
+    measures = list(dict.fromkeys(name for row in values.values() for name in row))
+    if not measures:
+        print(f"not measured: {title} (nothing here can judge it)")
+        return None
     figure, ax = subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
     for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
-        heights = [row[name] for name in measures]
-        drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model)
+        own = [row.get(name, 0.0) for name in measures]
+        ends = [value["ci95"] if isinstance(value, dict) else (value, value) for value in own]
+        heights = [value["mean"] if isinstance(value, dict) else value for value in own]
+        errors = np.abs(np.transpose(ends) - heights) if any(np.ptp(ends, axis=1)) else None
+        drawn = ax.bar(places, heights, width * 0.95, yerr=errors, color=colour, label=model)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.margins(y=0.1)  # room for the labels
     ax.set(title=title, ylabel=ylabel, ylim=ylim)
