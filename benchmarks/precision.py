@@ -16,23 +16,25 @@ import sys
 from benchmarks.real import PlanError, Trial, plan_digest, run_trial, tuning_lab
 from benchmarks.real_measures import Ruler
 from benchmarks.real_pages import write_results
-from benchmarks.real_report import FOLDER, PRECISIONS
+from benchmarks.real_report import FOLDER, TWO_PRECISIONS
 from common.io.files import write_json
 from common.profiles import device_and_precision, get_profile
 from tools.machine import describe_machine
 
-RESULTS = FOLDER / "precision.json"
-SEEDS = (21, 22, 23)  # neither those of the study nor the one that rates were tuned on
-PAIRS, PROMPTS = 128, 48  # 8 steps of 16
+PRECISION_RUNS = FOLDER / "precision.json"
+PRECISION_SEEDS = (21, 22, 23)  # neither those of the study nor the one that rates were tuned on
+FEW_PAIRS, FEW_PROMPTS = 128, 48  # 8 steps of 16
 
 
 def known() -> dict:
     """What was measured so far. Raises: PlanError if that was under another plan."""
     plan, found = plan_digest(), None
-    if RESULTS.exists():
-        found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    if PRECISION_RUNS.exists():
+        found = json.loads(PRECISION_RUNS.read_text(encoding="utf-8"))
         if found["plan"] != plan:
-            raise PlanError(f"{RESULTS.name} was run under another plan. Move it away, or say so")
+            raise PlanError(
+                f"{PRECISION_RUNS.name} was run under another plan. Move it away, or say so"
+            )
     return found or {"plan": plan, "machine": describe_machine(), "runs": {}}
 
 
@@ -43,11 +45,11 @@ def run_seed(seed: int) -> None:
         return
     print(f"precision {name}", flush=True)
     lab = tuning_lab(seed)
-    lab.data.prompts = lab.data.prompts[:PROMPTS]
-    run, arm = run_trial(lab, f"precision-{precision}", Trial("dpo", pairs=PAIRS))
+    lab.data.prompts = lab.data.prompts[:FEW_PROMPTS]
+    run, arm = run_trial(lab, f"precision-{precision}", Trial("dpo", pairs=FEW_PAIRS))
     measured = Ruler(lab).measure(run.model)[0]
     found["runs"][name] = arm | measured | {"cost": arm["cost"] | measured["cost"]}
-    write_json(RESULTS, found)
+    write_json(PRECISION_RUNS, found)
     shutil.rmtree(run.folder)
 
 
@@ -72,8 +74,8 @@ def main(arguments: list[str] | None = None) -> int:
         print("error: this machine trains in float32: nothing to compare", file=sys.stderr)
         return 1
     # A process has one precision: every run gets a process of its own.
-    for seed in SEEDS:
-        for precision in PRECISIONS:
+    for seed in PRECISION_SEEDS:
+        for precision in TWO_PRECISIONS:
             asked = {"LAB_PRECISION": precision} if precision == "float32" else {}
             command = [sys.executable, "-m", "benchmarks.precision", "--seed", str(seed)]
             if subprocess.run(command, env=os.environ | asked).returncode:

@@ -7,11 +7,11 @@ from pathlib import Path
 from benchmarks.real_report import (
     ARM_NAMES,
     COLUMNS,
-    COMPARED,
     METHODS,
-    PRECISIONS,
     RESULTS,
     SIDE_NAMES,
+    TOLD_APART,
+    TWO_PRECISIONS,
     read_precision,
     read_seeds,
     summary,
@@ -109,14 +109,14 @@ def _precision(found: dict) -> list[str]:
     }
     early, late = found["step_seconds"]
     rows = [["seconds a step", f"{early:.1f}", f"{late:.1f}", f"× {late / early:.2f}"]]
-    for key in COMPARED:
+    for key in TOLD_APART:
         title, digits = shown[key]
         means = [_plain(value, digits) for value in found[key][:2]]
         rows.append([title, *means, _cell(found[key][2], digits)])
     return [
         "## bfloat16 beside float32: described",
         f"DPO + NLL on 128 pairs; seeds: {found['seeds']}; prompts of topics to learn from.",
-        markdown_table(["", *PRECISIONS, "difference [95 % over seeds]"], rows),
+        markdown_table(["", *TWO_PRECISIONS, "difference [95 % over seeds]"], rows),
     ]
 
 

@@ -28,9 +28,9 @@ SIDE_NAMES = {
     "nll": "the NLL term",
     "lower_rate": "a quarter of the rate",
 }
-PRECISIONS = ("float32", "bfloat16")  # of the check in `benchmarks.precision`
-COMPARED = ("constraints_met", "relevance", "length_tokens", "preference_accuracy")
-COMPARED += ("reward_margin", "perplexity", "prose_perplexity")
+TWO_PRECISIONS = ("float32", "bfloat16")  # of the check in `benchmarks.precision`
+TOLD_APART = ("constraints_met", "relevance", "length_tokens", "preference_accuracy")
+TOLD_APART += ("reward_margin", "perplexity", "prose_perplexity")
 COLUMNS = {  # measure: its title, decimals
     **MEASURES,
     "prose_perplexity": ("perplexity of plain text", 2),
@@ -187,7 +187,7 @@ def _cost(seeds: list[dict], arm: str, name: str, over) -> float:
 def precision_summary(runs: dict[str, dict]) -> dict:
     """{measure: [float32, bfloat16, the difference's mean and interval]} over the seeds of both."""
     seeds = sorted({name.partition("-")[2] for name in runs})
-    own = [[runs.get(f"{name}-{seed}") for seed in seeds] for name in PRECISIONS]
+    own = [[runs.get(f"{name}-{seed}") for seed in seeds] for name in TWO_PRECISIONS]
     both = [pair for pair in zip(*own, strict=True) if all(pair)]
     if len(both) < 2:
         return {}
@@ -196,7 +196,7 @@ def precision_summary(runs: dict[str, dict]) -> dict:
         runs_of = [pair[place] for pair in both]
         each = [run["cost"]["wall_seconds"] / run["settings"]["steps"] for run in runs_of]
         found["step_seconds"].append(mean(each))
-    for key in COMPARED:
+    for key in TOLD_APART:
         pairs = [[run["measures"][key] for run in pair] for pair in both]
         gap = asdict(over_seeds([late - early for early, late in pairs]))
         found[key] = [*map(mean, zip(*pairs, strict=True)), gap]
