@@ -49,6 +49,7 @@ ORDER = [
     "lab",
     "evaluation",
     "judges",
+    "judging",
     "memory.meter",
     "training",
     "comparison",
