@@ -8,6 +8,8 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import expit
 from torch import Tensor
 
 from common.data import collate, tokenize_response
@@ -174,3 +176,29 @@ def compare(judge: Judge, first: list[list[Answer]], second: list[list[Answer]])
 def head_to_head(judge: Judge, first: list[list[Answer]], second: list[list[Answer]]) -> WinRate:
     """Win rate of `first` over `second` under this judge."""
     return win_rate(compare(judge, first, second))
+
+
+def length_controlled(verdicts, lengths, other_lengths) -> float:
+    """Win rate of A over B, were their answers equally long. Dubois et al. 2024 (arXiv 2404.04475).
+
+    A logistic model of the verdicts: a constant, and a weight on the difference of lengths, in
+    units of its standard deviation and through tanh. The rate is the model's at a difference of 0.
+    Args: `verdicts`: 1, 0 or -1 as in `win_rate`; tokens of A's and of B's answers: one shape.
+    Raises: ValueError for different shapes. The paper's terms for single prompts are left out.
+    """
+    tables = [np.asarray(table, dtype=float) for table in (verdicts, lengths, other_lengths)]
+    if len({table.shape for table in tables}) > 1 or not tables[0].size:
+        raise ValueError("Give one verdict and two lengths for each pair of answers.")
+    # A tie is half a win. Where all differences are equal there is nothing to control for.
+    points, gap = (tables[0].ravel() + 1) / 2, (tables[1] - tables[2]).ravel()
+    longer = np.tanh(gap / gap.std()) if gap.std() > 0 else np.zeros(len(gap))
+
+    def loss(weights):
+        # Cross-entropy; the last term keeps the weights finite where one side wins everything.
+        logits = weights[0] + weights[1] * longer
+        error = expit(logits) - points
+        value = (np.logaddexp(0, logits) - points * logits).mean() + 1e-4 * weights @ weights
+        slope = np.array([error.mean(), (error * longer).mean()]) + 2e-4 * weights
+        return value, slope
+
+    return float(expit(minimize(loss, np.zeros(2), jac=True).x[0]))

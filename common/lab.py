@@ -269,6 +269,11 @@ class Lab:
         }
 
 
+def not_measured(what: str, why: str) -> None:
+    """Says in one line what this profile or world cannot show, in place of a number."""
+    print(f"not measured: {what} ({why})")
+
+
 def open_lab(profile: str | None = None, seed: int | None = None) -> Lab:
     """Opens the lab and prints which profile, device, precision and seed are used, and why.
 

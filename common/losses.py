@@ -179,6 +179,13 @@ def scored_tokens(rows: list[dict], recipe: Recipe) -> int:
     return prompt + sum(len(row["chosen_ids"]) for row in rows)
 
 
+CONTRASTS = {  # what ORPO's term compares (`Recipe.contrast`): the odds, or two other choices
+    "odds": lambda side: log_odds(side.means),
+    "logps": lambda side: side.means,
+    "sums": lambda side: log_odds(side.sums),
+}
+
+
 def objective(
     method: str,
     recipe: Recipe,
@@ -201,13 +208,14 @@ def objective(
     # 2. Imitation stops here: SFT, and ORPO with lambda 0, which has no rejected answers.
     if rejected is None or method in ("lm", "sft"):
         return nll, metrics
-    # 3. ORPO adds the odds ratio of mean log-probabilities.
+    # 3. ORPO adds the odds ratio of mean log-probabilities, or what an experiment puts there.
     if method == "orpo":
-        margin, share = log_odds(chosen.means) - log_odds(rejected.means), len(chosen.sums) / pairs
-        loss = share * orpo_loss(nll / share, chosen.means, rejected.means, recipe.lambda_or)
-        odds = odds_ratio_loss(chosen.means, rejected.means).sum() / pairs
+        score = CONTRASTS[recipe.contrast]
+        margin = score(chosen) - score(rejected)
+        odds = -F.logsigmoid(margin).sum() / pairs
         metrics |= {"odds_ratio_loss": odds, "log_odds_margin": margin.sum() / pairs}
-        return loss, metrics | {"accuracy": share_positive(margin) * share}
+        metrics["accuracy"] = share_positive(margin) * len(margin) / pairs
+        return nll + recipe.lambda_or * odds, metrics
     # 4. DPO compares the sums with those of the reference; its rewards are beta times log-ratios.
     sums = chosen.sums, rejected.sums, reference.chosen.sums, reference.rejected.sums
     if recipe.loss == "ipo":

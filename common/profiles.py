@@ -28,6 +28,7 @@ class Recipe:
     label_smoothing: float = 0.0  # DPO: assumed share of flipped labels
     nll_weight: float = 0.0  # DPO: weight of the chosen answer's token-mean NLL
     lambda_or: float = 0.0  # ORPO: weight of the odds-ratio term (Hong et al. 2024, Eq. 6)
+    contrast: str = "odds"  # ORPO: of means; or "logps" (their difference), "sums" (odds of sums)
     nll_on_prompt: bool = False  # ORPO: does the NLL cover the prompt? TRL and the authors: yes
     warmup: float = 0.1  # share of the steps
     schedule: str = "linear"

@@ -1,6 +1,7 @@
 """The instant checks: what they print, and that a wrong function never passes."""
 
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,16 @@ from common import checks as exercises
 from common.checks import all_checks, check, close
 
 ROOT = Path(__file__).resolve().parent.parent
+MODULES = {  # of common.checks → the notebook whose exercises it checks
+    "preferences": "Lab-1.7-DPO_Alignment/01-Setup_and_Data.ipynb",
+    "sft": "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb",
+    "dpo": "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb",
+    "evaluation": "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
+    "pairs_bias": "Lab-1.8-ORPO_Alignment/01-Setup.ipynb",
+    "odds": "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb",
+    "comparing": "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
+    "deploying": "Lab-1.8-ORPO_Alignment/04-Production_Deploy.ipynb",
+}
 
 
 @pytest.fixture
@@ -55,10 +66,17 @@ def test_an_unknown_exercise_is_refused_with_those_that_exist(doubling):
         exercises.check("triple", abs)
 
 
-def test_every_exercise_of_the_notebooks_has_a_check_and_no_check_is_left_over():
-    """The notebooks call `check("name", name)`: three exercises in each of eight."""
-    cells = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("Lab-*/*.ipynb"))
-    assert set(re.findall(r'\bcheck\(\\"(\w+)', cells)) == all_checks().keys()
+@pytest.mark.parametrize(("module", "notebook"), MODULES.items())
+def test_every_exercise_of_a_notebook_has_a_check_and_no_check_is_left_over(module, notebook):
+    """A notebook calls `check("name", name)`; its checks are in a module of their own."""
+    cells = (ROOT / notebook).read_text(encoding="utf-8")
+    called = set(re.findall(r'\bcheck\(\\"(\w+)', cells))
+    here = vars(import_module(f"common.checks.{module}"))
+    assert called and called == {name[6:] for name in here if name.startswith("check_")}
+
+
+def test_every_module_of_checks_belongs_to_a_notebook():
+    assert {path.stem for path in ROOT.glob("common/checks/*.py")} == {"__init__", *MODULES}
 
 
 @pytest.mark.parametrize("name", sorted(all_checks()))

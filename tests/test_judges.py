@@ -1,5 +1,6 @@
 """Who says which answer is better: order, ties, the rule, and the reward model."""
 
+import numpy as np
 import pytest
 import tiny
 import torch
@@ -7,7 +8,14 @@ from tiny import assert_same
 
 from common.data import collate, load_pairs, tokenize_pairs
 from common.evaluation import Answer
-from common.judges import RewardJudge, RuleJudge, compare, head_to_head, rewards
+from common.judges import (
+    RewardJudge,
+    RuleJudge,
+    compare,
+    head_to_head,
+    length_controlled,
+    rewards,
+)
 from common.models import RewardModel
 from common.toyworld import World
 
@@ -197,3 +205,46 @@ def test_the_judge_says_how_often_it_is_right(monkeypatch):
     judge = RewardJudge(reward_model(), tiny.tokenizer(), rows)
     assert judge.held_out_accuracy == 0.5
     assert judge.name == "a reward model (right on 50% of 3 held-out pairs)"
+
+
+def length_lover(padding: int, seed: int = 0):
+    """Verdicts of a judge who likes A a little, and length much; tokens of A's and of B's answers.
+
+    `padding`: so many tokens at the most are added to each of A's answers, of no worth.
+    """
+    generator = np.random.default_rng(seed)
+    lengths, others = generator.normal(30, 8, (2, 4000)).round()
+    lengths += generator.integers(0, padding + 1, 4000)
+    likes = 1 / (1 + np.exp(-(0.3 + 1.5 * np.tanh((lengths - others) / 12))))
+    return np.where(generator.random(4000) < likes, 1, -1), lengths, others
+
+
+def test_padding_moves_the_plain_rate_and_not_the_length_controlled_one():
+    """At equal lengths the judge takes A with sigma(.3) = .574, however much A is padded."""
+    plain, controlled = [], []
+    for padding in (0, 12):
+        verdicts, lengths, others = length_lover(padding)
+        plain.append((verdicts == 1).mean())
+        controlled.append(length_controlled(verdicts, lengths, others))
+    assert plain[1] - plain[0] > 0.10
+    assert abs(controlled[1] - controlled[0]) < 0.03
+    assert controlled == pytest.approx([1 / (1 + np.exp(-0.3))] * 2, abs=0.03)
+
+
+def test_swapping_the_models_mirrors_the_length_controlled_rate():
+    verdicts, lengths, others = length_lover(12)
+    one, other = (
+        length_controlled(verdicts, lengths, others),
+        length_controlled(-verdicts, others, lengths),
+    )
+    assert one + other == pytest.approx(1.0, abs=1e-4)
+
+
+def test_at_equal_lengths_it_is_the_plain_rate():
+    """Two wins, a tie and a loss: (1 + 1 + 1/2 + 0) / 4 = .625. All won stays a number below 1."""
+    assert length_controlled([[1, 1], [0, -1]], [[5, 5], [7, 7]], [[5, 5], [7, 7]]) == (
+        pytest.approx(0.625, abs=1e-3)
+    )
+    assert 0.95 < length_controlled([1] * 8, range(8), [3] * 8) < 1
+    with pytest.raises(ValueError, match="two lengths"):
+        length_controlled([1, 0], [3], [4])

@@ -12,7 +12,7 @@ import tiny
 
 from common import lab as runs
 from common.io.files import read_metrics, write_json, write_lines, written_whole
-from common.lab import STAGES, Lab, MissingRun, open_lab, stage_of
+from common.lab import STAGES, Lab, MissingRun, not_measured, open_lab, stage_of
 from common.profiles import PROFILES, Recipe
 
 PROFILE = tiny.micro_profile()
@@ -298,3 +298,9 @@ def test_other_weights_in_a_local_model_folder_are_another_fingerprint(tmp_path)
     assert before == lab.pretrained_fingerprint()
     (tmp_path / "model.safetensors").write_bytes(b"newer")
     assert before != lab.pretrained_fingerprint()
+
+
+def test_what_a_profile_cannot_show_is_one_line_with_its_reason(capsys):
+    not_measured("flaws of answers", "these data have no rule that names them")
+    line = "not measured: flaws of answers (these data have no rule that names them)\n"
+    assert capsys.readouterr().out == line

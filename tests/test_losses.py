@@ -347,6 +347,7 @@ METHODS = {
     "dpo with NLL": ("dpo", Recipe(lr=1, beta=0.2, nll_weight=0.7, label_smoothing=0.1)),
     "ipo": ("dpo", Recipe(lr=1, beta=0.2, loss="ipo")),
     "orpo": ("orpo", Recipe(lr=1, lambda_or=0.4, nll_on_prompt=True)),
+    "orpo of sums": ("orpo", Recipe(lr=1, lambda_or=0.4, contrast="sums")),
 }
 
 
@@ -448,6 +449,26 @@ def test_objective_of_orpo_by_plain_floats():
     assert_same(metrics["odds_ratio_loss"], expected)
     assert_same(metrics["log_odds_margin"], sum(map(math.log, ratios)) / 5)
     assert metrics["accuracy"] == sum(ratio > 1 for ratio in ratios) / 5
+
+
+@pytest.mark.parametrize("contrast", ["logps", "sums"])
+def test_what_may_replace_the_odds_of_means(contrast):
+    """Answers of 2 and 4 tokens, sums -2 and -6 nats: means -1 and -1.5, so logps give a margin of
+    .5; of sums the log odds are ln(e^-2 / (1 - e^-2)) and ln(e^-6 / (1 - e^-6)).
+    """
+    chosen, rejected = SideLogps(f64(-2.0), tensor([2])), SideLogps(f64(-6.0), tensor([4]))
+    recipe = Recipe(lr=1.0, lambda_or=0.3, contrast=contrast)
+    loss, metrics = objective("orpo", recipe, PairLogps(chosen, rejected), None, 1, 2)
+    p, q = math.exp(-2), math.exp(-6)
+    margin = {"logps": 0.5, "sums": math.log(p / (1 - p)) - math.log(q / (1 - q))}[contrast]
+    assert_same(metrics["log_odds_margin"], margin)
+    assert_same(loss, 1.0 + 0.3 * math.log1p(math.exp(-margin)))
+
+
+def test_an_unknown_contrast_is_an_error():
+    policy, _, tokens = pair_logps()
+    with pytest.raises(KeyError, match="odd"):
+        objective("orpo", Recipe(lr=1, contrast="odd"), policy, None, 5, sum(tokens))
 
 
 def test_scored_tokens_count_the_prompt_from_its_second_token():

@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from common.plots import CHOSEN, GREY, REJECTED, comparisons, curves, deployment, figures, tokens
+from common.plots import (
+    CHOSEN,
+    GREY,
+    REJECTED,
+    alt_text,
+    comparisons,
+    curves,
+    deployment,
+    figures,
+    tokens,
+)
 
 MODULES = (comparisons, curves, deployment, figures, tokens)
 
@@ -117,6 +127,48 @@ def test_a_figure_is_drawn_with_named_axes(name):
     assert any(ax.lines or ax.patches or ax.images or ax.collections for ax in shown)
     if "title" in DRAWN[name]:
         assert "title" in [figure.get_suptitle(), *(ax.get_title() for ax in shown)]
+
+
+@pytest.mark.parametrize("name", DRAWN)
+def test_a_figure_tells_in_words_its_title_axes_and_curves(name):
+    """Every word of titles, axes and legends is in the text, and Jupyter gets it."""
+    figure = draw(name)
+    shown = [ax for ax in figure.axes if ax.get_visible() and ax.get_label() != "<colorbar>"]
+    words = [figure.get_suptitle()]
+    for ax in shown:
+        words += [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
+        words += ax.get_legend_handles_labels()[1]
+    text = alt_text(figure)
+    assert all(" ".join(word.replace("$", "").split()) in text for word in words)
+    data, metadata = figure._repr_mimebundle_()
+    assert data == {"text/plain": text} and metadata == {"image/png": {"alt": text}}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("lines", "a: 0 to 1; here: 0.5."),  # a curve's ends; where an upright mark stands
+        ("memory_by_part", "weights: 1, 1;"),  # two bars of 1 GB each
+        ("win_rates", "places: a vs c, a vs b; written: 0.50, 0.70."),
+        ("win_rates_by_judge", "rule: 0.7; votes: 0.6."),  # a rate is on the horizontal axis
+    ],
+)
+def test_the_text_of_a_figure_holds_its_values(name, words):
+    assert words in alt_text(draw(name))
+
+
+def test_a_notebook_page_carries_the_text_of_its_figure():
+    """nbconvert's classic template writes it into the picture's `alt`; its other one does not."""
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    data, metadata = draw("bars")._repr_mimebundle_()
+    output = nbformat.v4.new_output("display_data", data | {"image/png": "AAAA"}, metadata=metadata)
+    cell = nbformat.v4.new_code_cell("bars()", outputs=[output])
+    page, _ = HTMLExporter(template_name="classic").from_notebook_node(
+        nbformat.v4.new_notebook(cells=[cell])
+    )
+    assert 'alt="Figure. title: nats; places: kl; written: 1.00, 2.00; sft: 1; dpo: 2."' in page
 
 
 @pytest.mark.parametrize(

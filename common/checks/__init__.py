@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pkgutil import iter_modules
 
 import torch
 
@@ -9,13 +10,12 @@ import torch
 def all_checks() -> dict[str, Callable[[Callable], Iterator[tuple[str, bool]]]]:
     """The check of each exercise, by its name.
 
-    A check is a generator function `check_<exercise>` in `checks/dpo.py` (Lab 1.7) or
-    `checks/orpo.py` (Lab 1.8). It calls the student's function and yields pairs: a property, and
-    whether it holds.
+    A check is a generator function `check_<exercise>` in a module of this package, one a notebook.
+    It calls the student's function and yields pairs: a property, and whether it holds.
     """
     found = {}
-    for lab in ("dpo", "orpo"):
-        for name, function in vars(import_module(f"common.checks.{lab}")).items():
+    for module in iter_modules(__path__):
+        for name, function in vars(import_module(f"{__name__}.{module.name}")).items():
             if name.startswith("check_"):
                 found[name.removeprefix("check_")] = function
     return found

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plots import BESIDE, GREY, MARK, PALETTE, REJECTED
+from common.plots import BESIDE, GREY, MARK, PALETTE, REJECTED, subplots
 
 METHOD_COLOURS = dict(
     zip(("SFT", "λ = 0", "DPO plain", "DPO + NLL", "ORPO"), PALETTE, strict=False)
@@ -35,7 +35,7 @@ def flaw_rates(
         rates per flaw rate}; `ends`: what being below and above one half means, written into the
         figure.
     """
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+    figure, ax = subplots(figsize=(8, 4.2))
     for index, (name, points) in enumerate(lines.items()):
         colour = METHOD_COLOURS.get(name, PALETTE[-1])
         low, middle, high = ([point[key] for point in points] for key in ("low", "rate", "high"))
@@ -66,7 +66,7 @@ def win_rate_matrix(rates: dict[str, dict], stages: dict[str, str], title: str =
     """
     size, names = len(stages), list(stages.values())
     table = np.full((size, size), np.nan)
-    figure, ax = plt.subplots(figsize=(2.4 + 1.15 * size, 1.2 + 0.75 * size))
+    figure, ax = subplots(figsize=(2.4 + 1.15 * size, 1.2 + 0.75 * size))
     for row, first in enumerate(stages):
         for column, second in enumerate(stages):
             for key, sign in ((f"{first}_vs_{second}", 1), (f"{second}_vs_{first}", -1)):
@@ -98,7 +98,7 @@ def measure_panels(
     """
     columns = min(4, len(measures))
     rows = -(-len(measures) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.9 * columns, 2.7 * rows), squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(2.9 * columns, 2.7 * rows), squeeze=False)
     for ax in axes.flat[len(measures) :]:
         ax.set_visible(False)
     places, labels = range(len(names)), list(names.values())
@@ -134,7 +134,7 @@ def memory_by_part(rows: dict[str, dict], title: str = "") -> Figure:
 
     Args: `rows`: {name: as `common.memory.measured.measure_method` gives it}.
     """
-    figure, ax = plt.subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
+    figure, ax = subplots(figsize=(8, 1.2 + 0.5 * len(rows)))
     parts = {name: [row[key] / 1e9 for row in rows.values()] for key, name in MEMORY_PARTS.items()}
     places = _stacked(ax, list(rows), parts, (*PALETTE[:4], GREY))
     for place, total in zip(places, np.sum(list(parts.values()), axis=0), strict=True):
@@ -151,7 +151,7 @@ def memory_forecasts(rows: dict[str, tuple[dict, dict]], gigabytes: float) -> Fi
     Args: `rows`: {name: (bytes by part at the peak of a step, bytes at the peak of each phase)};
         `gigabytes`: of the GPU, drawn as a dashed line.
     """
-    figure, ax = plt.subplots(figsize=(9, 0.8 + 0.36 * len(rows)))
+    figure, ax = subplots(figsize=(9, 0.8 + 0.36 * len(rows)))
     names = next(iter(rows.values()))[0]
     parts = {part: [found[part] / 1e9 for found, _ in rows.values()] for part in names}
     places = _stacked(ax, list(rows), parts, plt.get_cmap("tab10").colors)
@@ -170,7 +170,7 @@ def frontier(points: dict[str, dict], xlabel: str, ylabel: str, title: str = "")
 
     Args: `points`: {name: {"cost", "rate", "low", "high"}}; `low` and `high` None: no interval.
     """
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+    figure, ax = subplots(figsize=(8, 4.2))
     best, stairs = -np.inf, []
     for point in sorted(points.values(), key=lambda p: (p["cost"], -p["rate"])):
         if point["rate"] > best:
@@ -209,7 +209,7 @@ def gradient_cosines(
     """Left: cosines of two gradients along training. Right: the NLL of held-out chosen answers
     along plain DPO.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.7), width_ratios=(3, 2))
+    figure, (left, right) = subplots(1, 2, figsize=(10, 3.7), width_ratios=(3, 2))
     colours = (REJECTED, PALETTE[0], PALETTE[4])
     for colour, (name, values) in zip(colours, cosines.items(), strict=False):
         left.plot(steps, values, "o-", color=colour, label=name, markersize=4)

@@ -6,7 +6,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plots import GREY, OTHER, PALETTE, REJECTED, SIDES
+from common.plots import GREY, OTHER, PALETTE, REJECTED, SIDES, subplots
 
 
 def _panel(title: str, unit: str, metric: str) -> tuple:
@@ -73,7 +73,7 @@ def training_curves(metrics: list[dict], panels: tuple[str, ...], title: str = "
     """Training curves of one run, one panel each (names of PANELS), in one or two rows."""
     columns = len(panels) if len(panels) <= 3 else -(-len(panels) // 2)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
+    figure, axes = subplots(rows, columns, figsize=(4.2 * columns, 3.2 * rows), squeeze=False)
     for ax, panel in zip(axes.flat, panels, strict=False):
         _draw_panel(ax, metrics, panel)
     for ax in axes.flat[len(panels) :]:
@@ -84,7 +84,7 @@ def training_curves(metrics: list[dict], panels: tuple[str, ...], title: str = "
 
 def compare_curves(runs: dict[str, list[dict]], panels: tuple[str, ...], title: str = "") -> Figure:
     """The same held-out curves of several runs side by side, one colour a run."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(4.4 * len(panels), 3.4), squeeze=False)
     for ax, panel in zip(axes.flat, panels, strict=True):
         name, unit, lines = PANELS[panel]
         drawn = [line for line in lines if line.startswith("held_out")]
@@ -139,7 +139,7 @@ def sft_curves(metrics: list[dict], best_step: int, title: str = "") -> Figure:
     The right panel begins at the first evaluation after step 0: the jump before it would hide what
     follows.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4))
+    figure, (left, right) = subplots(1, 2, figsize=(9.5, 3.4))
     figure.get_layout_engine().set(wspace=0.08)
     _draw_panel(left, metrics, "loss")
     best = next(row["held_out_loss"] for row in metrics if row["step"] == best_step)
@@ -182,7 +182,7 @@ def _both_answers(ax, metrics: list[dict], first: int = 0, from_start: bool = Fa
 def displacement(runs: dict[str, list[dict]], title: str = "") -> Figure:
     """Change of the held-out log-probabilities of both answers since step 0, one panel per run."""
     size = (4.0 * len(runs), 3.2)
-    figure, axes = plt.subplots(1, len(runs), figsize=size, squeeze=False, sharey=True)
+    figure, axes = subplots(1, len(runs), figsize=size, squeeze=False, sharey=True)
     for ax, (name, metrics) in zip(axes.flat, runs.items(), strict=True):
         _both_answers(ax, metrics, from_start=True)
         ax.axhline(0, color="black", linewidth=0.8)
@@ -197,7 +197,7 @@ def rise_of_both(close: list[dict], whole: list[dict], title: str = "") -> Figur
     """Held-out log-probabilities of both answers: one run from step 0 on, another from its first
     evaluation after step 0 on.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    figure, axes = subplots(1, 2, figsize=(9, 3.4))
     names = "from the base on", "from the first evaluation on"
     for first, (ax, metrics, name) in enumerate(zip(axes, (close, whole), names, strict=True)):
         _both_answers(ax, metrics, first)

@@ -1,10 +1,9 @@
 """Figures of deployment: cost of rounding, speed of generating, latency, drift."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plots import BESIDE, CHOSEN, GREY, MARK, OTHER, PALETTE, REJECTED
+from common.plots import BESIDE, CHOSEN, GREY, MARK, OTHER, PALETTE, REJECTED, subplots
 
 
 def quality_size_speed(report: dict[str, dict]) -> Figure:
@@ -13,7 +12,7 @@ def quality_size_speed(report: dict[str, dict]) -> Figure:
 
     `report`: as `deploy.quantize.measure_variants` gives it.
     """
-    figure, ax = plt.subplots(figsize=(8, 4.2))
+    figure, ax = subplots(figsize=(8, 4.2))
     fastest = max(row["tokens_per_second"] for row in report.values())
     for colour, (name, row) in zip(PALETTE + PALETTE, report.items(), strict=False):
         size, rate = row["weight_bytes"] / 1e6, row["win_rate"]
@@ -39,7 +38,7 @@ def speeds(cached: dict[int, tuple[float, float]], batches: dict[int, object]) -
     """Left: time of an answer by its length, {new tokens: (seconds with cache, without)}. Right:
     throughput and latency by batch, {rows: Speed}.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.6))
+    figure, (left, right) = subplots(1, 2, figsize=(10.5, 3.6))
     for index, (name, colour) in enumerate((("KV cache", CHOSEN), ("no cache", REJECTED))):
         times = [1000 * pair[index] for pair in cached.values()]
         left.plot(list(cached), times, "o-", color=colour, label=name)
@@ -69,7 +68,7 @@ def latencies(groups: dict[str, list[float]], xlabel: str, title: str = "") -> F
 
     Args: `xlabel`: names the time, in milliseconds.
     """
-    figure, ax = plt.subplots(figsize=(8.6, 3.4))
+    figure, ax = subplots(figsize=(8.6, 3.4))
     for colour, (name, seconds) in zip(PALETTE, groups.items(), strict=False):
         ordered = 1000 * np.sort(seconds)
         shares = np.arange(1, len(ordered) + 1) / len(ordered)
@@ -92,7 +91,7 @@ def drift(
     Args: `windows`: {window: rows}; `limits`: {signal: (low, high)}; `names`: {signal: panel title
         with its unit}.
     """
-    figure, axes = plt.subplots(1, len(limits), figsize=(3.1 * len(limits), 3.3))
+    figure, axes = subplots(1, len(limits), figsize=(3.1 * len(limits), 3.3))
     for ax, (signal, (low, high)) in zip(np.atleast_1d(axes), limits.items(), strict=True):
         ax.axhspan(low, high, color=GREY, alpha=0.25)
         for place, rows in enumerate(windows.values()):

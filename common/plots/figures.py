@@ -1,17 +1,27 @@
 """Figures of data and evaluation. Each function returns its figure; axes are named with units."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.figure import Figure
 
-from common.plots import BESIDE, CHOSEN, GREY, MARK, OTHER, PALETTE, REJECTED, SIDES, verdict_colour
+from common.plots import (
+    BESIDE,
+    CHOSEN,
+    GREY,
+    MARK,
+    OTHER,
+    PALETTE,
+    REJECTED,
+    SIDES,
+    subplots,
+    verdict_colour,
+)
 
 
 def histograms(
     groups: dict[str, list[float]], xlabel: str, title: str = "", limit: float | None = None
 ) -> Figure:
     """Distributions over each other, with their medians. `limit`: the place of a dashed line."""
-    figure, ax = plt.subplots(figsize=(7, 3.2))
+    figure, ax = subplots(figsize=(7, 3.2))
     everything = np.concatenate([np.asarray(values, dtype=float) for values in groups.values()])
     low, high = everything.min() - 0.5, everything.max() + 0.5
     bins = np.linspace(low, high, 40)
@@ -39,7 +49,7 @@ def bars(
 ) -> Figure:
     """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model."""
     measures = list(next(iter(values.values())))
-    figure, ax = plt.subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
+    figure, ax = subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
     for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
@@ -56,7 +66,7 @@ def bars(
 
 def win_rates(rates: dict, title: str = "Win rate, 95 % interval over prompts") -> Figure:
     """One dot with its interval per comparison, {name: WinRate}; the dashed line is a draw."""
-    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(rates)))
+    figure, ax = subplots(figsize=(7, 0.9 + 0.45 * len(rates)))
     for place, rate in enumerate(reversed(rates.values())):
         low, high = rate.ci95
         colour = verdict_colour(low, high)
@@ -75,7 +85,7 @@ def heatmap(
 ) -> Figure:
     """A small table of shares as colours, with its numbers written in."""
     table = np.asarray(table, dtype=float)
-    figure, ax = plt.subplots(figsize=(1.4 + 1.1 * table.shape[1], 1.4 + 0.55 * table.shape[0]))
+    figure, ax = subplots(figsize=(1.4 + 1.1 * table.shape[1], 1.4 + 0.55 * table.shape[0]))
     image = ax.imshow(table, cmap="viridis", aspect="auto")
     middle = (np.nanmin(table) + np.nanmax(table)) / 2
     for (row, column), value in np.ndenumerate(table):
@@ -93,7 +103,7 @@ def lines(
     x, curves: dict[str, list], xlabel: str, ylabel: str, title: str = "", marks: dict | None = None
 ) -> Figure:
     """Several functions of the same x. `marks`: {label: x} drawn as dashed vertical lines."""
-    figure, ax = plt.subplots(figsize=(7, 3.4))
+    figure, ax = subplots(figsize=(7, 3.4))
     for colour, (name, values) in zip(PALETTE, curves.items(), strict=False):
         ax.plot(x, values, color=colour, label=name)
     for style, (name, place) in zip(("--", ":", "-."), (marks or {}).items(), strict=False):
@@ -113,7 +123,7 @@ def sweep_with_rates(
     """
     panels = {**measures, "win rate against SFT": [rate.rate for rate in rates]}
     size = (3.0 * len(panels), 3.0)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (name, points) in zip(axes.flat, panels.items(), strict=True):
         ax.plot(values, points, "o-", color=OTHER)
         if limits and name in limits:
@@ -139,7 +149,7 @@ def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: s
     Args: `points`: {run: {"win": WinRate, metric: value}}.
     """
     size = (3.8 * len(measures), 3.4)
-    figure, axes = plt.subplots(1, len(measures), figsize=size, squeeze=False, sharey=True)
+    figure, axes = subplots(1, len(measures), figsize=size, squeeze=False, sharey=True)
     for ax, (name, label) in zip(axes.flat, measures.items(), strict=True):
         for point in points.values():
             low, high = point["win"].ci95
@@ -157,7 +167,7 @@ def interval_sizes(
     sizes: list[int], intervals: list[tuple[float, float]], rate: float, title: str = ""
 ) -> Figure:
     """Intervals of one and the same rate, measured on more and more prompts."""
-    figure, ax = plt.subplots(figsize=(7, 3.2))
+    figure, ax = subplots(figsize=(7, 3.2))
     low, high = np.array(intervals).T
     ax.fill_between(sizes, low, high, color=OTHER, alpha=0.2)
     ax.vlines(sizes, low, high, color=OTHER, linewidth=2)
@@ -182,7 +192,7 @@ def labelled_points(
     title: str = "",
 ) -> Figure:
     """A scatter of named points over pale `others`; the dashed line is a draw."""
-    figure, ax = plt.subplots(figsize=(7, 4))
+    figure, ax = subplots(figsize=(7, 4))
     if others:
         ax.plot(*zip(*others, strict=True), "o", color=GREY, alpha=0.5, markersize=5)
     for colour, (name, point) in zip(PALETTE * 3, points.items(), strict=False):
@@ -199,7 +209,7 @@ def win_rates_by_judge(
 ) -> Figure:
     """One row per pair of models, one dot with its interval per judge: {judge: {pair: WinRate}}."""
     names = list(next(iter(rates.values())))
-    figure, ax = plt.subplots(figsize=(8, 1 + 0.6 * len(names)))
+    figure, ax = subplots(figsize=(8, 1 + 0.6 * len(names)))
     for index, (colour, (judge, row)) in enumerate(zip(PALETTE, rates.items(), strict=False)):
         places = np.arange(len(names))[::-1] - 0.22 * (index - (len(rates) - 1) / 2)
         low, high = np.array([row[name].ci95 for name in names]).T
@@ -215,7 +225,7 @@ def win_rates_by_judge(
 
 def strips(groups: dict[str, list[float]], xlabel: str, title: str = "") -> Figure:
     """One row of dots per group, spread a little apart; the bar is the median."""
-    figure, ax = plt.subplots(figsize=(7, 0.9 + 0.45 * len(groups)))
+    figure, ax = subplots(figsize=(7, 0.9 + 0.45 * len(groups)))
     for index, (colour, values) in enumerate(zip(PALETTE * 3, groups.values(), strict=False)):
         place = len(groups) - 1 - index
         height = place + 0.25 * np.sin(np.arange(len(values)) * 2.4)
@@ -234,7 +244,7 @@ def line_panels(
     Args: `marks`: {label: x}, drawn as a dashed vertical line in every panel.
     """
     size = (1 + 4 * len(panels), 3.4)
-    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
+    figure, axes = subplots(1, len(panels), figsize=size, squeeze=False, sharey=True)
     for ax, (name, curves) in zip(axes.flat, panels.items(), strict=True):
         for side, colour in SIDES.items():
             ax.plot(x, curves[side], color=colour, label=side)
@@ -250,7 +260,7 @@ def line_panels(
 
 def against_diagonal(panels: dict[str, tuple], xlabel: str, ylabel: str, title: str = "") -> Figure:
     """Scatters of (x, y) against the dashed line y = x, one panel each, each with its own scale."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
+    figure, axes = subplots(1, len(panels), figsize=(4.4 * len(panels), 3.8), squeeze=False)
     for ax, colour, (name, (x, y)) in zip(axes.flat, PALETTE, panels.items(), strict=False):
         x, y = np.asarray(x), np.asarray(y)
         low, high = min(x.min(), y.min()), max(x.max(), y.max())

@@ -1,11 +1,10 @@
 """Figures that show single tokens."""
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 
-from common.plots import CHOSEN, OTHER, REJECTED, SIDES
+from common.plots import CHOSEN, OTHER, REJECTED, SIDES, subplots
 
 
 def token_log_ratios(
@@ -15,7 +14,7 @@ def token_log_ratios(
     panel's title.
     """
     size = (9.5, 2.5 * len(sides))
-    figure, axes = plt.subplots(len(sides), 1, figsize=size, squeeze=False, sharey=True)
+    figure, axes = subplots(len(sides), 1, figsize=size, squeeze=False, sharey=True)
     for ax, colour, (side, tokens) in zip(axes.flat, SIDES.values(), sides.items(), strict=False):
         shown = tokens[:longest]
         ax.bar(range(len(shown)), [value for _, value in shown], color=colour)
@@ -51,7 +50,7 @@ def packed_pair(
     sees = (place[:, None] >= place) & ((part == 0) | (part[:, None] == part))
 
     count = len(part)
-    figure, ax = plt.subplots(figsize=(2.6 + 0.27 * count, 2.0 + 0.27 * count))
+    figure, ax = subplots(figsize=(2.6 + 0.27 * count, 2.0 + 0.27 * count))
     ax.imshow(np.where(sees, 1 + part, 0), cmap=ListedColormap(["white", *colours]), vmin=0, vmax=3)
     tokens = [repr(token)[1:-1].replace(" ", "·") for each in parts.values() for token in each]
     rows = [f"{token}  {position:2d}" for token, position in zip(tokens, place, strict=True)]

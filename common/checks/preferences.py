@@ -1,0 +1,64 @@
+"""Checks of the exercises of notebook 1.7-01.
+
+The expected values are computed here, by another route than the worked answers.
+"""
+
+import torch
+
+
+def check_split_transcript(split):
+    turns = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Where is the tea?\n\nAssistant:"
+    result = split(turns + " In the kitchen.")
+    is_pair = isinstance(result, tuple | list) and len(result) == 2
+    yield "it returns a prompt and a response", is_pair
+    prompt, response = result
+    yield "the prompt ends at the last assistant turn, not at the first", prompt == turns
+    yield "the response keeps its leading space", response == " In the kitchen."
+    echo = turns + " You said: Hi. Where is the tea? In the kitchen."
+    yield "prompt + response is the transcript again, word for word", "".join(split(echo)) == echo
+    empty = tuple(split(turns))
+    yield "a transcript that ends at the mark has an empty response", empty == (turns, "")
+    others = [split("\n\nHuman: Hi"), split("")]
+    yield "without an assistant turn it returns None", others == [None, None]
+
+
+def check_response_mask(mask):
+    prompts, responses = [2, 4, 1], [3, 1, 5]
+    result = mask(torch.tensor(prompts), torch.tensor(responses))
+    is_boolean = isinstance(result, torch.Tensor) and result.dtype == torch.bool
+    yield "it is a tensor of booleans", is_boolean
+    yield "its shape is (rows, longest prompt + response)", result.shape == (3, 6)
+    marked = [[place for place, on in enumerate(row) if on] for row in result.tolist()]
+    counts = [len(row) for row in marked]
+    yield "as many tokens are marked as the responses have, EOS counted", counts == responses
+    after = [row[0] >= start for row, start in zip(marked, prompts, strict=True)]
+    yield "no prompt token is marked", all(after)
+    yield "no padding is marked", marked == [[2, 3, 4], [4], [1, 2, 3, 4, 5]]
+    alone = mask(torch.tensor([3]), torch.tensor([2])).tolist()
+    yield "a single row works too", alone == [[False, False, False, True, True]]
+
+
+def check_deduplicate(deduplicate):
+    def row(prompt, chosen, rejected):
+        return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+    good, other = row("p", "a", "b"), row("q", "a", "b")
+    turned = row("p", "b", "a")
+    kept, dropped = deduplicate([good, other])
+    yield "rows that differ in their prompt only are kept, in order", kept == [good, other]
+    yield "nothing dropped, nothing counted", sum(dropped.values()) == 0
+    kept, dropped = deduplicate([good, dict(good), other, dict(good)])
+    yield "of equal rows the first one stays", kept == [good, other]
+    counts = dropped["duplicate"], sum(dropped.values())
+    yield 'the others are counted as "duplicate"', counts == (2, 2)
+    kept, dropped = deduplicate([good, other, turned])
+    yield "of two rows with the same answers in both orders, neither stays", kept == [other]
+    counts = dropped["contradiction"], sum(dropped.values())
+    yield 'they are counted as "contradiction"', counts == (2, 2)
+    rows = [good, turned, dict(good), other, dict(other)]
+    before = [dict(entry) for entry in rows]
+    kept, dropped = deduplicate(rows)
+    counts = {"contradiction": 3, "duplicate": 1}
+    yield "a contradicted row is no duplicate, however often it occurs", dict(dropped) == counts
+    yield "rows read = rows kept + rows dropped", len(rows) == len(kept) + sum(dropped.values())
+    yield "the input is left as it was", rows == before
