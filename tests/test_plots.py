@@ -214,6 +214,15 @@ def test_the_win_rate_of_a_matrix_is_turned_round_below_the_diagonal():
     assert {text.get_fontweight() for text in ax.texts} == {"bold"}
 
 
+def test_a_bar_carries_its_interval():
+    """0.5 ± 0.1 is drawn from 0.4 to 0.6."""
+    values, halves = {"first": {"a": 0.5, "b": 0.2}}, {"first": {"a": 0.1, "b": 0.0}}
+    ax = figures.bars(values, "share", halves=halves).axes[0]
+    errors = [each.errorbar for each in ax.containers if getattr(each, "errorbar", None)]
+    low, high = errors[0][2][0].get_segments()[0]
+    assert (low[1], high[1]) == pytest.approx((0.4, 0.6))
+
+
 def test_stacked_parts_add_up_to_what_is_written():
     """Five parts of 1 GB each."""
     ax = draw("memory_by_part").axes[0]
