@@ -168,7 +168,7 @@ def test_a_notebook_page_carries_the_text_of_its_figure():
     page, _ = HTMLExporter(template_name="classic").from_notebook_node(
         nbformat.v4.new_notebook(cells=[cell])
     )
-    assert 'alt="Figure. title: nats; places: kl; written: 1.00, 2.00; sft: 1; dpo: 2."' in page
+    assert 'alt="Figure. title: nats; places: kl; sft: 1; dpo: 2."' in page
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ TAUGHT = (
     "costs",
     "environment",
 )
-NOT_YET = ("instructions",)  # taught by the notebooks of the real model, still to be written
 # A module imports what stands before it here, or beside it in the same line; a longer name goes
 # before a shorter one.
 ORDER = [
@@ -162,7 +161,7 @@ def taught_files_are_those_of_the_design(root: Path) -> list[str]:
 def taught_files_are_imported_by_a_notebook(root: Path) -> list[str]:
     known = modules(root)
     used = set().union(*(imports(code, known) for code in notebooks(root).values()))
-    here = {path.stem for path in root.glob("common/*.py")} - {"__init__", *NOT_YET}
+    here = {path.stem for path in root.glob("common/*.py")} - {"__init__"}
     return [f"no notebook imports common.{name}" for name in here if f"common.{name}" not in used]
 
 
