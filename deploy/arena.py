@@ -36,7 +36,7 @@ from deploy.votes import VoteStore, matches_of
 
 ENOUGH = 30  # votes, before agreement with the rule is shown
 EXPORT = "/votes.jsonl"
-PATHS = re.compile(f"{OPEN_PATHS.pattern}|{re.escape(EXPORT)}")
+ARENA_PATHS = re.compile(f"{OPEN_PATHS.pattern}|{re.escape(EXPORT)}")
 BUTTONS = {  # choice → (its label, its key)
     "left": ("A is better", "a"),
     "right": ("B is better", "b"),
@@ -226,7 +226,7 @@ def build_arena(arena: Arena) -> FastAPI:
             kept = button.click(cast(choice), [pair, voter], [said, progress, following, *buttons])
             kept.then(arena.standing, None, standing)
 
-    guard = [Middleware(Guard, paths=PATHS)]
+    guard = [Middleware(Guard, paths=ARENA_PATHS)]
     app = FastAPI(middleware=guard, openapi_url=None, max_body_size=1_000_000)
 
     @app.get(EXPORT)

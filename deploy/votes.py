@@ -9,7 +9,7 @@ from pathlib import Path
 
 from deploy.serving.store import chance
 
-SCHEMA = """
+VOTES_SCHEMA = """
 CREATE TABLE IF NOT EXISTS pairs (
     id INTEGER PRIMARY KEY, source TEXT NOT NULL, prompt TEXT NOT NULL,
     model_a TEXT NOT NULL, model_b TEXT NOT NULL, text_a TEXT NOT NULL, text_b TEXT NOT NULL);
@@ -20,7 +20,7 @@ CREATE TABLE IF NOT EXISTS votes (
     choice TEXT NOT NULL CHECK (choice IN ('left', 'right', 'tie', 'both bad')),
     PRIMARY KEY (pair, voter));
 """
-CHOICES = {"left": 1, "right": -1, "tie": 0, "both bad": 0}  # 1: the left one is better
+POINTS_LEFT = {"left": 1, "right": -1, "tie": 0, "both bad": 0}  # 1: the left one is better
 
 
 class VoteStore:
@@ -36,7 +36,7 @@ class VoteStore:
         self.path.touch(mode=0o600)  # what people prefer is nobody else's to read
         with self._open() as file:
             file.execute("PRAGMA journal_mode = WAL")
-            for statement in filter(str.strip, SCHEMA.split(";")):
+            for statement in filter(str.strip, VOTES_SCHEMA.split(";")):
                 file.execute(statement)
 
     @contextmanager
@@ -104,7 +104,7 @@ def _as_shown(row: dict) -> dict:
     shown = {"left": row[f"text_{left}"], "right": row[f"text_{right}"]}
     shown |= {"left_model": row[f"model_{left}"], "right_model": row[f"model_{right}"]}
     kept = {name: row[name] for name in ("prompt", "voter", "pair", "created", "choice")}
-    return kept | shown | {"vote": CHOICES[row["choice"]]}
+    return kept | shown | {"vote": POINTS_LEFT[row["choice"]]}
 
 
 def stand_in_votes(
@@ -113,7 +113,8 @@ def stand_in_votes(
     """Votes where nobody voted yet: they are no people's, but of a judge that errs.
 
     Args: `judge`: a `common.judges.Judge`. Each stand-in sees every pair, and with probability
-    `slips` presses any button. Returns: rows as `VoteStore.votes` gives them, whose voters are "stand-in 1", ….
+    `slips` presses any button.
+    Returns: rows as `VoteStore.votes` gives them, whose voters are "stand-in 1", ….
     """
     questions = [(row["prompt"], row["text_a"], row["text_b"]) for row in pairs]
     known, votes = judge.prefer(questions), []
@@ -123,7 +124,7 @@ def stand_in_votes(
             a_is_left = chance(voter, str(number)) < 0.5
             choice = {1: "left", -1: "right", 0: "tie"}[int(verdict) * (1 if a_is_left else -1)]
             if draw.random() < slips:
-                choice = draw.choice(list(CHOICES))
+                choice = draw.choice(list(POINTS_LEFT))
             told = {"pair": number, "voter": voter, "created": float(number)}
             votes.append(_as_shown({**row, **told, "choice": choice, "a_is_left": a_is_left}))
     return votes

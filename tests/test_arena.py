@@ -20,7 +20,7 @@ from common.judging.people import People
 from common.lab import Lab
 from common.training import train
 from deploy.arena import ENOUGH, ArenaError, build_arena, lab_of, main, make_pairs_of
-from deploy.votes import CHOICES, VoteStore, matches_of, stand_in_votes
+from deploy.votes import POINTS_LEFT, VoteStore, matches_of, stand_in_votes
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_stand_ins_are_called_so_and_err_as_often_as_told():
     votes = stand_in_votes(made_up(), Longer(), voters=3, slips=0.3)
     assert votes == stand_in_votes(made_up(), Longer(), voters=3, slips=0.3) and len(votes) == 120
     assert {row["voter"] for row in votes} == {"stand-in 1", "stand-in 2", "stand-in 3"}
-    assert {row["choice"] for row in votes} == set(CHOICES)
+    assert {row["choice"] for row in votes} == set(POINTS_LEFT)
     right = [row["vote"] == Longer().prefer([(0, row["left"], row["right"])])[0] for row in votes]
     assert 0.6 < sum(right) / 120 < 0.95  # .7 + .3 / 4
     people = People(stand_in_votes(made_up(), Longer(), voters=1, slips=0.3), "stand-ins")
