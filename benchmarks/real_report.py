@@ -1,23 +1,16 @@
 """From the seeds of `benchmarks.real` to tables, verdicts and the page: recomputed, never typed."""
 
-import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
+from benchmarks.plans import differing, pages_with, read_seeds, write_summary
 from benchmarks.verdicts import Finding, family_verdicts, over_seeds
-from common.io.files import write_json, written_whole
-from common.profiles import ROOT
 from tools.align import MEASURES
-from tools.tables import GB, RESULTS_FOLDER, in_chinese, machine_line, markdown_table
+from tools.tables import GB, RESULTS_FOLDER, machine_line, markdown_table
 
 FOLDER = RESULTS_FOLDER / "real"
 RESULTS = RESULTS_FOLDER / "real.json"
-REAL_PAGES = {
-    "real-model.md": lambda text: text,
-    "real-model.zh-TW.md": in_chinese,
-}
 LENGTH_KEPT, PROSE_KEPT = 0.60, 1.10  # of the start's, as the plan says
 METHODS = {
     "dpo_plain": "plain DPO",
@@ -63,15 +56,6 @@ def best_rates(runs: dict[str, dict]) -> dict[str, float]:
             top = max(kept, key=lambda run: run["measures"]["score"])
             best[stage] = top["settings"]["lr"]
     return best
-
-
-def read_seeds(folder: Path = FOLDER) -> list[dict]:
-    """The files of all seeds, by seed. Raises: ValueError if they were run under several plans."""
-    paths = sorted(folder.glob("seed-*.json"))
-    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    if len({seed["plan"] for seed in seeds}) > 1:
-        raise ValueError("These seeds were run under several plans: they are no one study.")
-    return seeds
 
 
 def _values(seeds: list[dict], arm: str, name: str) -> list[float]:
@@ -244,32 +228,17 @@ def block(found: dict) -> str:
 
 
 def pages(found: dict) -> dict[Path, str]:
-    """{page: its text} with the generated part between its two marks made anew."""
-    begin, end = "<!-- real -->\n", "<!-- /real -->"
-    texts = {}
-    for name, translated in REAL_PAGES.items():
-        path = ROOT / "docs" / name
-        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-        after = rest.partition(end)[2]
-        texts[path] = f"{before}{begin}{translated(block(found))}\n{end}{after}"
-    return texts
+    """{page: its text} with the generated part made anew."""
+    return pages_with("real-model", "real", block(found))
 
 
 def write_results() -> None:
     """Writes `real.json` and the pages."""
-    found = summary(read_seeds())
-    write_json(RESULTS, found)
-    for path, text in pages(found).items():
-        with written_whole(path) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+    found = summary(read_seeds(FOLDER))
+    write_summary(RESULTS, found, pages(found))
 
 
 def check_results() -> int:
     """Recomputes everything from the seeds. Returns 1, and says what differs, if something does."""
-    found = summary(read_seeds())
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
-    wrong = [] if known == json.loads(json.dumps(found)) else [RESULTS.name]
-    wrong += [p.name for p, text in pages(found).items() if p.read_text("utf-8") != text]
-    for name in wrong:
-        print(f"{name} does not say what the seeds say: python -m benchmarks.real", file=sys.stderr)
-    return int(bool(wrong))
+    found = summary(read_seeds(FOLDER))
+    return differing(RESULTS, found, pages(found), "python -m benchmarks.real")
