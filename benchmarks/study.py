@@ -24,11 +24,11 @@ import torch
 from benchmarks import study_report
 from benchmarks.plans import PlanError, plan_digest, seed_record
 from benchmarks.study_arms import (
-    ARMS,
     KNOBS,
     MAIN,
     PART_SEEDS,
-    PARTS,
+    STUDY_ARMS,
+    STUDY_PARTS,
     TUNED,
     TUNING_SEEDS,
     pair_of,
@@ -45,8 +45,8 @@ from common.toyworld import WEIGHTS
 from common.training import Run, Source, train
 from tools.machine import describe_machine
 
-PLAN = ROOT / "docs" / "study-plan.md"
-TUNING = study_report.FOLDER / "tuning.json"
+STUDY_PLAN = ROOT / "docs" / "study-plan.md"
+TUNING = study_report.STUDY_FOLDER / "tuning.json"
 COOL, COOL_SAMPLES, TUNING_SAMPLES = 0.7, 2, 2
 MOST_RATES = 8  # five, and three more where the best one is the lowest or the highest
 NOT_HERE = ("constraints_met", "all_met", "kinds_met", "flaws")  # of the other world, or kept apart
@@ -69,11 +69,11 @@ def take_pairs(lab: Lab, knob: str) -> None:
         lab.knob = knob
 
 
-def train_arm(lab: Lab, name: str, rate: float, sweep: str | None = None) -> Run:
+def train_study_arm(lab: Lab, name: str, rate: float, sweep: str | None = None) -> Run:
     """An arm on the lab's pairs. SFT, and imitation from the base, are stages that others start
     from.
     """
-    arm = ARMS[name]
+    arm = STUDY_ARMS[name]
     changes = arm.changes | {"lr": rate}
     if arm.stage != "sft":  # which keeps the weights of the best evaluation
         changes["evaluations"] = 1
@@ -87,10 +87,10 @@ def train_arm(lab: Lab, name: str, rate: float, sweep: str | None = None) -> Run
 def train_parents(lab: Lab, name: str, rates: dict[str, float]) -> None:
     """The base, and what an arm starts from, at the rates that were chosen for them."""
     train(lab, "base")
-    parent = ARMS[name].parent or lab.parent_of(ARMS[name].stage)
+    parent = STUDY_ARMS[name].parent or lab.parent_of(STUDY_ARMS[name].stage)
     needed = {"sft": "sft", "orpo_lambda0": "lambda0"}.get(parent)
     if needed:
-        train_arm(lab, needed, rates[needed])
+        train_study_arm(lab, needed, rates[needed])
 
 
 def scores(lab: Lab, answers: list[list[Answer]]) -> list[list[float]]:
@@ -140,7 +140,7 @@ def tuning_trial(name: str, rate: float, seed: int) -> float:
     """Mean score of an arm at a rate on a tuning seed, at the knob .3 and temperature 1."""
     lab = study_lab(seed)
     take_pairs(lab, ".3")
-    run = train_arm(lab, name, rate, f"tune-{name}-{rate:g}")
+    run = train_study_arm(lab, name, rate, f"tune-{name}-{rate:g}")
     sampling = Sampling(lab.profile.max_new_tokens, 1.0, TUNING_SAMPLES, seed)
     return float(np.mean(scores(lab, generate(run.model, lab.tokenizer, lab.prompts, sampling))))
 
@@ -152,7 +152,7 @@ def tuning_parents(seed: int, names: tuple[str, ...], rates: dict[str, float]) -
         train_parents(lab, name, rates)
 
 
-def tune(part: str, plan: str, workers: int) -> None:
+def tune_arms(part: str, plan: str, workers: int) -> None:
     """Chooses the rates of a part's arms; what stands in the file is not run again."""
     new = {"plan": plan, "machine": describe_machine(), "runs": {}, "best": {}}
     found = seed_record(TUNING, plan, new)
@@ -162,12 +162,14 @@ def tune(part: str, plan: str, workers: int) -> None:
             continue
         print(f"tuning {', '.join(names)}", flush=True)
         parents = [(seed, names, best) for seed in TUNING_SEEDS]
-        for _ in side_by_side(tuning_parents, parents, workers):
+        for _ in one_core_each(tuning_parents, parents, workers):
             pass
         while trials := [
-            (name, *trial) for name in names for trial in wanted(ARMS[name], runs.get(name, {}))
+            (name, *trial)
+            for name in names
+            for trial in wanted(STUDY_ARMS[name], runs.get(name, {}))
         ]:
-            for (name, rate, seed), score in side_by_side(tuning_trial, trials, workers):
+            for (name, rate, seed), score in one_core_each(tuning_trial, trials, workers):
                 runs.setdefault(name, {}).setdefault(f"{rate:g}", {})[str(seed)] = score
                 print(f"  {name} at {rate:g}, seed {seed}: {score:.3f}", flush=True)
                 write_json(TUNING, found)
@@ -191,7 +193,7 @@ def compared(one: dict, other: dict) -> dict[str, float]:
     return found
 
 
-def measured(lab: Lab, name: str, run: Run, start) -> tuple[dict, dict]:
+def arm_measured(lab: Lab, name: str, run: Run, start) -> tuple[dict, dict]:
     """What the seed's file keeps of an arm, and what its answers were worth."""
     values, answers = measure(lab, run.model, start)
     kept = {"scores": scores(lab, answers)}
@@ -210,10 +212,10 @@ def measured(lab: Lab, name: str, run: Run, start) -> tuple[dict, dict]:
 
 def run_seed(seed: int, part: str, rates: dict[str, float], plan: str) -> int:
     """The arms of a part that a seed's file does not hold yet. Returns how many it ran."""
-    path, done = study_report.FOLDER / f"seed-{seed}.json", 0
+    path, done = study_report.STUDY_FOLDER / f"seed-{seed}.json", 0
     new = {"seed": seed, "plan": plan, "machine": describe_machine(), "source": source_digest()}
     record, lab, start = seed_record(path, plan, new | {"arms": {}, "rates": {}}), None, None
-    for knob, names in PARTS[part].items():
+    for knob, names in STUDY_PARTS[part].items():
         for name in names:
             if (arm_id := f"{name}@{knob}") in record["arms"]:
                 continue
@@ -221,8 +223,8 @@ def run_seed(seed: int, part: str, rates: dict[str, float], plan: str) -> int:
                 lab = study_lab(seed)
             take_pairs(lab, knob)
             train_parents(lab, name, rates)
-            start = start or train_arm(lab, "sft", rates["sft"]).model
-            arm, kept = measured(lab, name, train_arm(lab, name, rates[name]), start)
+            start = start or train_study_arm(lab, "sft", rates["sft"]).model
+            arm, kept = arm_measured(lab, name, train_study_arm(lab, name, rates[name]), start)
             folder = lab.folder / "study"
             for other in record["arms"]:
                 if other.endswith(f"@{knob}"):
@@ -239,10 +241,10 @@ def run_seed(seed: int, part: str, rates: dict[str, float], plan: str) -> int:
 def run_part(part: str, seeds: list[int], plan: str, workers: int) -> None:
     rates = json.loads(TUNING.read_text(encoding="utf-8"))["best"]
     jobs = [(seed, part, rates, plan) for seed in PART_SEEDS[part] if seed in seeds]
-    for (seed, *_), done in side_by_side(run_seed, jobs, workers):
+    for (seed, *_), done in one_core_each(run_seed, jobs, workers):
         if done:
             print(f"seed {seed}: {part} arms done", flush=True)
-            study_report.write_results()
+            study_report.write_study()
 
 
 def _quietly(job, *arguments):
@@ -251,7 +253,7 @@ def _quietly(job, *arguments):
         return job(*arguments)
 
 
-def side_by_side(job, arguments: list[tuple], workers: int):
+def one_core_each(job, arguments: list[tuple], workers: int):
     """Each tuple of arguments with what the job gave, as they end, in processes of one core."""
     one_core = {"initializer": torch.set_num_threads, "initargs": (1,)}
     with ProcessPoolExecutor(workers, get_context("spawn"), **one_core) as pool:
@@ -271,7 +273,7 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--parts", nargs="+", choices=STUDY_PARTS, default=list(STUDY_PARTS))
     parser.add_argument("--seeds", nargs="+", type=int, default=list(PART_SEEDS["main"]))
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 4))
     parser.add_argument("--tune", action="store_true", help="choose the rates, and stop")
@@ -279,16 +281,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="recompute, compare, run nothing")
     given = parser.parse_args(arguments)
     if given.check:
-        return study_report.check_results()
+        return study_report.check_study()
     if given.pages:
-        study_report.write_results()
+        study_report.write_study()
         return 0
     if os.environ.get("LAB_MODEL") or os.environ.get("LAB_DATA"):
         parser.error("this measures the embedded world: unset LAB_MODEL and LAB_DATA")
     try:
-        plan = plan_digest(PLAN)
+        plan = plan_digest(STUDY_PLAN)
         for part in given.parts:
-            tune(part, plan, given.workers)
+            tune_arms(part, plan, given.workers)
             if not given.tune:
                 run_part(part, given.seeds, plan, given.workers)
     except PlanError as error:

@@ -4,8 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 TUNING_SEEDS = (0, 1, 2)
-SEEDS = tuple(range(301, 313))
-SIDE_SEEDS = SEEDS[:8]
+STUDY_SEEDS = tuple(range(301, 313))
+SIDE_SEEDS = STUDY_SEEDS[:8]
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,25 @@ class StudyArm:
 
 
 TWICE = {"epochs": 4}
-ARMS = {
+STUDY_ARMS = {
     "sft": StudyArm("SFT", "sft", 5e-3),
     "lambda0": StudyArm("imitation (λ = 0)", "orpo_lambda0", 5e-3),
-    "imitate_sft": StudyArm("SFT, imitation", "orpo_lambda0", 2.5e-3, "sft"),
-    "dpo_plain": StudyArm("SFT, plain DPO", "dpo_plain", 4e-5),
-    "dpo": StudyArm("SFT, DPO + NLL", "dpo", 3e-4),
-    "chosen_dpo": StudyArm("imitation, plain DPO", "dpo_plain", 4e-5, "orpo_lambda0"),
+    "imitate_sft": StudyArm("SFT → imitation", "orpo_lambda0", 2.5e-3, "sft"),
+    "dpo_plain": StudyArm("SFT → plain DPO", "dpo_plain", 4e-5),
+    "dpo": StudyArm("SFT → DPO + NLL", "dpo", 3e-4),
+    "chosen_dpo": StudyArm("imitation → plain DPO", "dpo_plain", 4e-5, "orpo_lambda0"),
     "orpo": StudyArm("ORPO", "orpo", 5e-3),
-    "sft_orpo": StudyArm("SFT, ORPO", "orpo", 2.5e-3, "sft"),
+    "sft_orpo": StudyArm("SFT → ORPO", "orpo", 2.5e-3, "sft"),
     "lambda0x2": StudyArm("imitation, twice the steps", "orpo_lambda0", 5e-3, None, TWICE),
-    "imitate_sftx2": StudyArm("SFT, imitation twice", "orpo_lambda0", 2.5e-3, "sft", TWICE),
-    "dpox2": StudyArm("SFT, DPO + NLL twice", "dpo", 3e-4, None, TWICE),
+    "imitate_sftx2": StudyArm(
+        "SFT → imitation, twice the steps", "orpo_lambda0", 2.5e-3, "sft", TWICE
+    ),
+    "dpox2": StudyArm("SFT → DPO + NLL, twice the steps", "dpo", 3e-4, None, TWICE),
     "orpox2": StudyArm("ORPO, twice the steps", "orpo", 5e-3, None, TWICE),
-    "orpo_logps": StudyArm("ORPO, log-probabilities", "orpo", 5e-3, None, {"contrast": "logps"}),
-    "orpo_sums": StudyArm("ORPO, sums and λ/m", "orpo", 5e-3, None, {"contrast": "sums"}),
+    "orpo_logps": StudyArm("ORPO of log-probabilities", "orpo", 5e-3, None, {"contrast": "logps"}),
+    "orpo_sums": StudyArm("ORPO of sums, λ/m", "orpo", 5e-3, None, {"contrast": "sums"}),
 }
-MAIN = tuple(ARMS)[:8]
+MAIN = tuple(STUDY_ARMS)[:8]
 KNOBS = {  # settings of `World.pairs`
     "0": {"flaw_rate": 0.0},
     ".15": {"flaw_rate": 0.15},
@@ -53,29 +55,29 @@ KNOBS = {  # settings of `World.pairs`
     "tiers": {"style": "tiers"},
 }
 FEW = ("sft", "lambda0", "dpo", "orpo")
-PARTS = {  # {part: {knob: arms}}: the main arms on all seeds, the side arms on the first eight
+STUDY_PARTS = {  # {part: {knob: arms}}: main arms on all seeds, side arms on the first eight
     "main": {".3": MAIN, "0": MAIN},
-    "side": {".3": tuple(ARMS)[8:], ".15": FEW, ".5": FEW, "tiers": FEW},
+    "side": {".3": tuple(STUDY_ARMS)[8:], ".15": FEW, ".5": FEW, "tiers": FEW},
 }
-PART_SEEDS = {"main": SEEDS, "side": SIDE_SEEDS}
+PART_SEEDS = {"main": STUDY_SEEDS, "side": SIDE_SEEDS}
 # What is tuned before what: an arm's parent has its rate first.
 TUNED = {
     "main": (
         ("sft", "lambda0", "orpo"),
-        tuple(name for name in MAIN if ARMS[name].parent) + ("dpo_plain", "dpo"),
+        tuple(name for name in MAIN if STUDY_ARMS[name].parent) + ("dpo_plain", "dpo"),
     ),
-    "side": (tuple(ARMS)[8:],),
+    "side": (tuple(STUDY_ARMS)[8:],),
 }
 
 
 def arm_ids(part: str | None = None) -> list[str]:
     """`<arm>@<knob>` of a part, or of all, in the order in which they run."""
-    parts = [PARTS[part]] if part else PARTS.values()
+    parts = [STUDY_PARTS[part]] if part else STUDY_PARTS.values()
     return [f"{name}@{knob}" for one in parts for knob, names in one.items() for name in names]
 
 
 def title_of(arm_id: str) -> str:
-    return ARMS[arm_id.split("@")[0]].title
+    return STUDY_ARMS[arm_id.split("@")[0]].title
 
 
 def pair_of(one: str, other: str) -> str:
@@ -167,14 +169,14 @@ FAMILIES: dict[str, dict[str, Callable[[dict], float]]] = {
     },
 }
 FAMILY_TITLES = {
-    "from_base": "1. Contrast against imitation, both from the base",
-    "from_sft": "2. Contrast against imitation, both from SFT",
-    "fair_route": "3. The fair route: imitation first, then DPO",
-    "methods": "4. The methods of the labs",
-    "sources_win_rates": "5. The sources' win rates",
-    "sources_measures": "6. The sources' measures",
-    "mechanism": "7. What contrast takes away",
-    "odds": "8. Do the odds matter? (eight seeds)",
-    "compute": "9. Equal and doubled compute (eight seeds)",
-    "knobs": "10. Other pairs (eight seeds)",
+    "from_base": "1 · Contrast against imitation, both from the base",
+    "from_sft": "2 · Contrast against imitation, both from SFT",
+    "fair_route": "3 · The fair route: imitation first, then DPO",
+    "methods": "4 · The methods of the labs",
+    "sources_win_rates": "5 · The sources' win rates",
+    "sources_measures": "6 · The sources' measures",
+    "mechanism": "7 · What contrast takes away",
+    "odds": "8 · Do the odds matter? (eight seeds)",
+    "compute": "9 · Equal and doubled compute (eight seeds)",
+    "knobs": "10 · Other pairs (eight seeds)",
 }

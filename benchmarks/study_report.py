@@ -1,46 +1,29 @@
 """From the seeds of `benchmarks.study` to tables, figures, verdicts and the page: recomputed."""
 
-import json
+import sys
 from dataclasses import asdict
-from html import escape, unescape
+from html import escape
 from pathlib import Path
 from statistics import mean
 
 from benchmarks.plans import differing, pages_with, read_seeds, write_summary
 from benchmarks.study_arms import (
     FAMILIES,
-    FAMILY_TITLES,
-    KNOBS,
-    PARTS,
-    SEEDS,
-    SIDE_SEEDS,
-    TUNING_SEEDS,
+    STUDY_PARTS,
     arm_ids,
     pair_of,
     rate_in,
     title_of,
 )
+from benchmarks.study_page import figure_in_words, figure_points, study_block
 from benchmarks.verdicts import FEWEST_SEEDS, Finding, family_verdicts, over_seeds
-from common.io.files import written_whole
 from common.profiles import ROOT
-from tools.tables import GB, RESULTS_FOLDER, machine_line, markdown_table
+from tools.tables import RESULTS_FOLDER, machine_line
 
-FOLDER = RESULTS_FOLDER / "study"
-RESULTS = RESULTS_FOLDER / "study.json"
+STUDY_FOLDER = RESULTS_FOLDER / "study"
+STUDY_RESULTS = RESULTS_FOLDER / "study.json"
 FIGURES = ROOT / "docs" / "figures"
-RATES = {"win_rate": "rate", "lc_win_rate": "controlled", "temperature_07": "cool"}
-COLUMNS = {  # measure: its title, decimals
-    "score": ("score (0–10)", 2),
-    "safe_on_harmful": ("safe on harm", 3),
-    "over_refusal": ("over-refusal", 3),
-    "ended_with_eos": ("ended", 3),
-    "length_tokens": ("tokens", 1),
-    "kl": ("KL to SFT (nats)", 2),
-    "perplexity": ("perplexity", 3),
-    "preference_accuracy": ("held-out accuracy", 3),
-}
-FLAWS = ("rude", "wrong_fact", "bare", "vague", "off_topic", "complies", "malformed")
-CONTROLS = {".3": "lambda0", "0": "lambda0"}  # of the tables of win rates: beside SFT
+RATE_KINDS = {"win_rate": "rate", "lc_win_rate": "controlled", "temperature_07": "cool"}
 
 
 def _spread(values: list[float]) -> dict:
@@ -109,17 +92,20 @@ def findings(seeds: list[dict]) -> dict[str, dict[str, Finding]]:
     return found
 
 
-def summary(seeds: list[dict]) -> dict:
+def study_summary(seeds: list[dict]) -> dict:
     """All that the page shows, from the seeds' files."""
     found = {"plan": None, "seeds": [seed["seed"] for seed in seeds], "machines": [], "arms": {}}
-    found |= {name: {} for name in RATES} | {"verdicts": {}}
+    found["complete"] = {
+        part: [seed["seed"] for seed in _holding(seeds, *arm_ids(part))] for part in STUDY_PARTS
+    }
+    found |= {name: {} for name in RATE_KINDS} | {"verdicts": {}}
     if not seeds:
         return found
     found["plan"] = seeds[0]["plan"]
     lines = [machine_line(seed["machine"]) for seed in seeds]
     found["machines"] = list(dict.fromkeys(lines))
     found["arms"] = {arm: _arm(seeds, arm) for arm in arm_ids() if _holding(seeds, arm)}
-    found |= {name: _rates(seeds, kind) for name, kind in RATES.items()}
+    found |= {name: _rates(seeds, kind) for name, kind in RATE_KINDS.items()}
     found["verdicts"] = {
         family: {name: asdict(one) for name, one in claims.items()}
         for family, claims in findings(seeds).items()
@@ -127,9 +113,40 @@ def summary(seeds: list[dict]) -> dict:
     return found
 
 
-def write_results() -> None:
-    """Writes `study.json`, the figures and the page."""
+def stale_figures(found: dict, folder: Path) -> list[str]:
+    """The figures that are missing, or were drawn of other numbers."""
+    wrong = []
+    for figure, (title, series) in figure_points(found).items():
+        path = folder / f"{figure}.svg"
+        said = escape(figure_in_words(title, series), quote=False)
+        if any(series.values()) and not (path.exists() and said in path.read_text("utf-8")):
+            wrong.append(path.name)
+    return wrong
 
 
-def check_results() -> int:
-    return 0
+def study_pages(found: dict) -> dict[Path, str]:
+    """{page: its text} with the generated part made anew."""
+    return pages_with("study", "study", study_block(found, STUDY_FOLDER / "tuning.json"))
+
+
+def write_study() -> None:
+    """Writes `study.json`, the page, and the figures whose numbers are new."""
+    found = study_summary(read_seeds(STUDY_FOLDER))
+    if stale := stale_figures(found, FIGURES):
+        from benchmarks.study_figures import draw
+
+        points = figure_points(found)
+        for name in stale:
+            draw(name, *points[Path(name).stem], FIGURES / name)
+    write_summary(STUDY_RESULTS, found, study_pages(found))
+
+
+def check_study() -> int:
+    """Recomputes everything from the seeds. Returns 1, and says what differs, if something does."""
+    found, command = (
+        study_summary(read_seeds(STUDY_FOLDER)),
+        "python -m benchmarks.study --study_pages",
+    )
+    for name in (stale := stale_figures(found, FIGURES)):
+        print(f"{name} was drawn of other numbers: {command}", file=sys.stderr)
+    return int(bool(stale)) or differing(STUDY_RESULTS, found, study_pages(found), command)
