@@ -1,13 +1,13 @@
-"""From the seeds of `benchmarks.real` to tables, verdicts and the page: recomputed, never typed."""
+"""From the seeds of `benchmarks.real` to means, intervals and verdicts: recomputed, never typed."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.plans import differing, pages_with, read_seeds, write_summary
-from benchmarks.verdicts import Finding, family_verdicts, over_seeds
+from benchmarks.verdicts import family_verdicts, over_seeds
 from tools.align import MEASURES
-from tools.tables import GB, RESULTS_FOLDER, machine_line, markdown_table
+from tools.tables import GB, RESULTS_FOLDER, machine_line
 
 FOLDER = RESULTS_FOLDER / "real"
 RESULTS = RESULTS_FOLDER / "real.json"
@@ -20,6 +20,7 @@ METHODS = {
 }
 ARM_NAMES = {"start": "start", **METHODS, "orpo_clean": "ORPO, knob 0"}
 ARM_NAMES["orpo_lambda0_clean"] = "λ = 0, knob 0"
+MORE = ("reward_margin", "preference_accuracy")  # of the claims: no column of the page
 SIDE_NAMES = {
     "hacked": "length hacking",
     "substance": "constraints of substance",
@@ -27,6 +28,9 @@ SIDE_NAMES = {
     "nll": "the NLL term",
     "lower_rate": "a quarter of the rate",
 }
+TWO_PRECISIONS = ("float32", "bfloat16")  # of the check in `benchmarks.precision`
+TOLD_APART = ("constraints_met", "relevance", "length_tokens", "preference_accuracy")
+TOLD_APART += ("reward_margin", "perplexity", "prose_perplexity")
 COLUMNS = {  # measure: its title, decimals
     **MEASURES,
     "prose_perplexity": ("perplexity of plain text", 2),
@@ -99,10 +103,17 @@ def families(seeds: list[dict]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def summary(seeds: list[dict]) -> dict:
-    """All that the page shows, from the seeds' files."""
+def read_precision(folder: Path = FOLDER) -> dict[str, dict]:
+    """The runs of `benchmarks.precision` so far."""
+    path = folder / "precision.json"
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else {}
+
+
+def summary(seeds: list[dict], precision: dict[str, dict] | None = None) -> dict:
+    """All that the page shows, from the seeds' files and the runs in two precisions."""
     complete = [seed for seed in seeds if all(arm in seed["arms"] for arm in ARM_NAMES)]
     found = {"seeds": [seed["seed"] for seed in complete], "plan": None, "machines": []}
+    found["precision"] = precision_summary(precision or {})
     if not complete:
         return found
     found["plan"] = complete[0]["plan"]
@@ -113,9 +124,15 @@ def summary(seeds: list[dict]) -> dict:
             name: asdict(over_seeds(_values(complete, arm, name)))
             if len(complete) > 1
             else {"mean": _values(complete, arm, name)[0], "ci95": None}
-            for name in COLUMNS
+            for name in (*COLUMNS, *MORE)
         }
         for arm in ARM_NAMES
+    }
+    found["win_rate"] = {
+        f"{arm}_vs_{other}": asdict(over_seeds(rates)) if len(rates) > 1 else {"mean": rates[0]}
+        for arm in ARM_NAMES
+        for other in complete[0]["arms"][arm].get("win_rate", ())
+        for rates in [[seed["arms"][arm]["win_rate"][other] for seed in complete]]
     }
     found["displacement"] = {
         arm: mean(_values(complete, arm, "rewards_chosen")) / 0.1 for arm in METHODS
@@ -127,13 +144,18 @@ def summary(seeds: list[dict]) -> dict:
     }
     found["cost"] = {
         arm: {
-            "minutes": mean(seed["arms"][arm]["cost"]["wall_seconds"] for seed in complete) / 60,
-            "peak_gb": max(seed["arms"][arm]["cost"]["peak_memory_bytes"] for seed in complete)
-            / GB,
+            "minutes": _cost(complete, arm, "wall_seconds", mean) / 60,
+            "measuring_minutes": _cost(complete, arm, "measuring_seconds", mean) / 60,
+            "peak_gb": _cost(complete, arm, "peak_memory_bytes", max) / GB,
+            "measuring_peak_gb": _cost(complete, arm, "measuring_peak_bytes", max) / GB,
             "lr": complete[0]["arms"][arm]["settings"]["lr"],
         }
         for arm in ARM_NAMES
         if arm != "start"
+    }
+    found["side"] = {
+        arm: {key: _mean([seed["arms"][arm]["side"][key] for seed in complete]) for key in MEASURES}
+        for arm in ARM_NAMES
     }
     if len(complete) >= 5:
         found["verdicts"] = {
@@ -149,6 +171,29 @@ def summary(seeds: list[dict]) -> dict:
     return found
 
 
+def _cost(seeds: list[dict], arm: str, name: str, over) -> float:
+    return over([seed["arms"][arm]["cost"][name] for seed in seeds])
+
+
+def precision_summary(runs: dict[str, dict]) -> dict:
+    """{measure: [float32, bfloat16, the difference's mean and interval]} over the seeds of both."""
+    seeds = sorted({name.partition("-")[2] for name in runs})
+    own = [[runs.get(f"{name}-{seed}") for seed in seeds] for name in TWO_PRECISIONS]
+    both = [pair for pair in zip(*own, strict=True) if all(pair)]
+    if len(both) < 2:
+        return {}
+    found = {"seeds": len(both), "step_seconds": []}
+    for place in range(2):
+        runs_of = [pair[place] for pair in both]
+        each = [run["cost"]["wall_seconds"] / run["settings"]["steps"] for run in runs_of]
+        found["step_seconds"].append(mean(each))
+    for key in TOLD_APART:
+        pairs = [[run["measures"][key] for run in pair] for pair in both]
+        gap = asdict(over_seeds([late - early for early, late in pairs]))
+        found[key] = [*map(mean, zip(*pairs, strict=True)), gap]
+    return found
+
+
 def _kinds(seed: dict, arm: str) -> dict[str, float]:
     return seed["arms"][arm]["measures"]["kinds_met"]
 
@@ -156,89 +201,3 @@ def _kinds(seed: dict, arm: str) -> dict[str, float]:
 def _mean(values: list) -> float | None:
     known = [value for value in values if value is not None]
     return mean(known) if known else None
-
-
-def _cell(finding: dict, digits: int) -> str:
-    if finding["ci95"] is None:
-        return f"{finding['mean']:.{digits}f}"
-    low, high = finding["ci95"]
-    return f"{finding['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _verdict_rows(claims: dict[str, dict]) -> list[list[str]]:
-    rows = []
-    for claim, found in claims.items():
-        finding = Finding(**found)
-        p = "< .0001" if finding.p < 1e-4 else f"{finding.p:.4f}"
-        rows.append([claim, _cell(found, 3), p, f"**{finding.verdict}**"])
-    return rows
-
-
-def _tables(found: dict) -> list[str]:
-    header = ["arm", *(title for title, _ in COLUMNS.values())]
-    rows = [
-        [ARM_NAMES[arm], *(_cell(values[name], digits) for name, (_, digits) in COLUMNS.items())]
-        for arm, values in found["arms"].items()
-    ]
-    parts = ["## Measures\n", "Mean and 95 % interval over seeds.\n", markdown_table(header, rows)]
-    parts.append("\n## Verdicts\n")
-    if "verdicts" in found:
-        for family, claims in found["verdicts"].items():
-            header = [family, "mean [95 %]", "p, adjusted", "verdict"]
-            parts += [markdown_table(header, _verdict_rows(claims)), ""]
-    else:
-        parts.append("None: a verdict takes five seeds.\n")
-    parts.append("## Each kind of constraint\n")
-    rows = [
-        [f"`{kind}`", *("–" if values[arm] is None else f"{values[arm]:.2f}" for arm in ARM_NAMES)]
-        for kind, values in found["kinds"].items()
-    ]
-    parts.append(markdown_table(["share met", *ARM_NAMES.values()], rows))
-    parts.append("\n## Displacement, time and memory\n")
-    rows = [
-        [
-            ARM_NAMES[arm],
-            f"{found['displacement'][arm]:+.1f}" if arm in METHODS else "–",
-            f"{cost['lr']:g}",
-            f"{cost['minutes']:.1f}",
-            f"{cost['peak_gb']:.1f}",
-        ]
-        for arm, cost in found["cost"].items()
-    ]
-    header = ["arm", "log-probability of chosen, change (nats)", "rate", "minutes", "peak (GB)"]
-    parts.append(markdown_table(header, rows))
-    if "remedies" in found:
-        parts.append("\n## Length hacking and its remedies: one seed, described\n")
-        rows = [
-            [SIDE_NAMES.get(name, name), *(f"{v[key]:.{COLUMNS[key][1]}f}" for key in COLUMNS)]
-            for name, v in found["remedies"].items()
-        ]
-        parts.append(markdown_table(["arm", *(title for title, _ in COLUMNS.values())], rows))
-    return parts
-
-
-def block(found: dict) -> str:
-    """The generated part of the page."""
-    if not found["seeds"]:
-        return "Not measured yet: `make real`."
-    seeds = ", ".join(map(str, found["seeds"]))
-    lines = [f"Seeds {seeds}; plan `{found['plan'][:12]}`."]
-    lines += [f"Machine: {line}." for line in found["machines"]]
-    return "\n\n".join(["\n".join(lines), "\n".join(_tables(found))])
-
-
-def pages(found: dict) -> dict[Path, str]:
-    """{page: its text} with the generated part made anew."""
-    return pages_with("real-model", "real", block(found))
-
-
-def write_results() -> None:
-    """Writes `real.json` and the pages."""
-    found = summary(read_seeds(FOLDER))
-    write_summary(RESULTS, found, pages(found))
-
-
-def check_results() -> int:
-    """Recomputes everything from the seeds. Returns 1, and says what differs, if something does."""
-    found = summary(read_seeds(FOLDER))
-    return differing(RESULTS, found, pages(found), "python -m benchmarks.real")

@@ -24,7 +24,7 @@ import torch
 from benchmarks import study_report
 from benchmarks.plans import PlanError, plan_digest, seed_record
 from benchmarks.study_arms import (
-    KNOBS,
+    KNOB_PAIRS,
     MAIN,
     PART_SEEDS,
     STUDY_ARMS,
@@ -64,7 +64,7 @@ def study_lab(seed: int) -> Lab:
 def take_pairs(lab: Lab, knob: str) -> None:
     """From now on the lab's training pairs are those of a knob."""
     if getattr(lab, "knob", None) != knob:
-        lab.data.train = load_pairs(lab.data.world.pairs(lab.profile.pairs, **KNOBS[knob]))[0]
+        lab.data.train = load_pairs(lab.data.world.pairs(lab.profile.pairs, **KNOB_PAIRS[knob]))[0]
         vars(lab).pop("train_pairs", None)
         lab.knob = knob
 
@@ -210,7 +210,7 @@ def arm_measured(lab: Lab, name: str, run: Run, start) -> tuple[dict, dict]:
     return arm, kept
 
 
-def run_seed(seed: int, part: str, rates: dict[str, float], plan: str) -> int:
+def run_study_seed(seed: int, part: str, rates: dict[str, float], plan: str) -> int:
     """The arms of a part that a seed's file does not hold yet. Returns how many it ran."""
     path, done = study_report.STUDY_FOLDER / f"seed-{seed}.json", 0
     new = {"seed": seed, "plan": plan, "machine": describe_machine(), "source": source_digest()}
@@ -241,7 +241,7 @@ def run_seed(seed: int, part: str, rates: dict[str, float], plan: str) -> int:
 def run_part(part: str, seeds: list[int], plan: str, workers: int) -> None:
     rates = json.loads(TUNING.read_text(encoding="utf-8"))["best"]
     jobs = [(seed, part, rates, plan) for seed in PART_SEEDS[part] if seed in seeds]
-    for (seed, *_), done in one_core_each(run_seed, jobs, workers):
+    for (seed, *_), done in one_core_each(run_study_seed, jobs, workers):
         if done:
             print(f"seed {seed}: {part} arms done", flush=True)
             study_report.write_study()

@@ -47,7 +47,7 @@ STUDY_ARMS = {
     "orpo_sums": StudyArm("ORPO of sums, λ/m", "orpo", 5e-3, None, {"contrast": "sums"}),
 }
 MAIN = tuple(STUDY_ARMS)[:8]
-KNOBS = {  # settings of `World.pairs`
+KNOB_PAIRS = {  # settings of `World.pairs`
     "0": {"flaw_rate": 0.0},
     ".15": {"flaw_rate": 0.15},
     ".3": {"flaw_rate": 0.3},

@@ -12,7 +12,7 @@ COLOURS = (*PALETTE, "#7a5230", "#444444")
 
 def _errors(points: dict[str, dict]) -> list[list[float]]:
     """Lengths of the bars below and above each mean."""
-    ends = [point["ci95"] or (point["mean"],) * 2 for point in points.values()]
+    ends = [point["ci95"] for point in points.values()]
     means = [point["mean"] for point in points.values()]
     return [
         [mean - low for mean, (low, _) in zip(means, ends, strict=True)],

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from benchmarks.study_arms import (
     FAMILY_TITLES,
-    KNOBS,
+    KNOB_PAIRS,
     MAIN,
     PART_SEEDS,
     STUDY_ARMS,
@@ -55,7 +55,7 @@ def figure_points(found: dict) -> dict[str, tuple[str, dict[str, dict[str, dict]
     rates, arms = found["win_rate"], found["arms"]
     knobs = {
         STUDY_ARMS[name].title: {
-            knob: rates.get(pair_of(f"{name}@{knob}", f"lambda0@{knob}")) for knob in KNOBS
+            knob: rates.get(pair_of(f"{name}@{knob}", f"lambda0@{knob}")) for knob in KNOB_PAIRS
         }
         for name in ("orpo", "dpo")
     }
@@ -106,8 +106,6 @@ def figure_in_words(title: str, series: dict[str, dict[str, dict]]) -> str:
 def _cell(point: dict | None, digits: int) -> str:
     if not point:
         return "–"
-    if point["ci95"] is None:
-        return f"{point['mean']:.{digits}f}"
     low, high = point["ci95"]
     return f"{point['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 

@@ -23,13 +23,11 @@ from tools.tables import RESULTS_FOLDER, machine_line
 STUDY_FOLDER = RESULTS_FOLDER / "study"
 STUDY_RESULTS = RESULTS_FOLDER / "study.json"
 FIGURES = ROOT / "docs" / "figures"
-RATE_KINDS = {"win_rate": "rate", "lc_win_rate": "controlled", "temperature_07": "cool"}
+RATE_KEYS = {"win_rate": "rate", "lc_win_rate": "controlled", "temperature_07": "cool"}
 
 
 def _spread(values: list[float]) -> dict:
-    """Mean and 95 % interval over seeds; of one seed no interval."""
-    if len(values) < 2:
-        return {"mean": values[0], "ci95": None, "seeds": len(values)}
+    """Mean and 95 % interval over seeds."""
     found = over_seeds(values)
     return {"mean": found.mean, "ci95": list(found.ci95), "seeds": found.seeds}
 
@@ -69,7 +67,7 @@ def _rates(seeds: list[dict], kind: str) -> dict[str, dict]:
                     own.append(rate_in(seed, one, other, kind))
                 except KeyError:  # cooler answers are drawn of the main arms only
                     continue
-            if own:
+            if len(own) > 1:
                 found[pair_of(one, other)] = _spread(own)
     return found
 
@@ -93,19 +91,19 @@ def findings(seeds: list[dict]) -> dict[str, dict[str, Finding]]:
 
 
 def study_summary(seeds: list[dict]) -> dict:
-    """All that the page shows, from the seeds' files."""
+    """All that the page shows, from the seeds' files. An arm is shown from two seeds on."""
     found = {"plan": None, "seeds": [seed["seed"] for seed in seeds], "machines": [], "arms": {}}
     found["complete"] = {
         part: [seed["seed"] for seed in _holding(seeds, *arm_ids(part))] for part in STUDY_PARTS
     }
-    found |= {name: {} for name in RATE_KINDS} | {"verdicts": {}}
+    found |= {name: {} for name in RATE_KEYS} | {"verdicts": {}}
     if not seeds:
         return found
     found["plan"] = seeds[0]["plan"]
     lines = [machine_line(seed["machine"]) for seed in seeds]
     found["machines"] = list(dict.fromkeys(lines))
-    found["arms"] = {arm: _arm(seeds, arm) for arm in arm_ids() if _holding(seeds, arm)}
-    found |= {name: _rates(seeds, kind) for name, kind in RATE_KINDS.items()}
+    found["arms"] = {arm: _arm(seeds, arm) for arm in arm_ids() if len(_holding(seeds, arm)) > 1}
+    found |= {name: _rates(seeds, kind) for name, kind in RATE_KEYS.items()}
     found["verdicts"] = {
         family: {name: asdict(one) for name, one in claims.items()}
         for family, claims in findings(seeds).items()

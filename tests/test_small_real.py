@@ -1,0 +1,80 @@
+"""The notebooks on profile `smollm`, with a tiny stand-in (`stand_in`): real tokenizer,
+template, world, prompts and pairs. What a world does not have must stop no notebook.
+
+SMOLLM_DIR names the real folder, for its tokenizer. Without it these tests are skipped, in one loud
+line; with REQUIRE_MODEL=1 that is a failure.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stand_in import write_stand_in
+from test_notebooks import NOTEBOOKS, ROOT, run_by_itself
+
+from benchmarks.real_report import COLUMNS
+from tools.align import MEASURES
+
+pytestmark = pytest.mark.more
+FOLDER = os.environ.get("SMOLLM_DIR", "")
+WHY = "NOT TESTED: no real model. Run `make model`, and set SMOLLM_DIR to the folder that it names."
+# These still ask for the toy world's rule. One that runs must leave the list.
+NOT_YET = [notebook for notebook in NOTEBOOKS if "1.8-ORPO_Alignment/01" not in notebook]
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory) -> dict[str, str]:
+    if not (FOLDER and (Path(FOLDER) / "tokenizer.json").exists()):
+        (pytest.fail if os.environ.get("REQUIRE_MODEL") == "1" else pytest.skip)(WHY)
+    runs = tmp_path_factory.mktemp("runs")
+    write_stand_in(Path(FOLDER), runs)
+    places = [str(ROOT / "tests" / "small"), str(ROOT)]  # the first makes the profile small
+    environment = {**os.environ, "LAB_PROFILE": "smollm", "LAB_RUNS": str(runs)}
+    environment["PYTHONPATH"] = os.pathsep.join(places)
+    del environment["MPLBACKEND"]  # the kernel shows its figures inline
+    return environment
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS)
+def test_notebook_runs_on_the_small_real_model(notebook, environment, request):
+    """A notebook that is not told again yet may fail. One that passes must leave the list."""
+    if notebook in NOT_YET:
+        request.applymarker(pytest.mark.xfail(reason="asks for the toy world's rule", strict=True))
+    run_by_itself(notebook, environment)
+
+
+SEED = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from benchmarks import real
+real.plan_digest = lambda: "a plan"
+trials = {name: replace(real.TRIALS[name], pairs=24) for name in ("dpo_plain", "orpo")}
+for _ in range(2):  # the second time everything is there
+    seed = real.Seed(31, Path(sys.argv[1]))
+    seed.run(trials)
+print(json.dumps(seed.record))
+"""
+
+
+def test_a_seed_of_the_study_in_miniature(environment, tmp_path):
+    """Start and two arms, each run once. Only the start is at distance 0 from itself, arms know
+    whom they met, their weights are gone, and every table's columns are there.
+    """
+    command = [sys.executable, "-c", SEED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seed 31, ") == 2
+    record = json.loads(done.stdout.splitlines()[-1])
+    arms = record["arms"]
+    assert list(arms) == ["start", "dpo_plain", "orpo"] and record["plan"] == "a plan"
+    assert arms["start"]["measures"]["kl"] == 0.0 != arms["orpo"]["measures"]["kl"]
+    assert arms["orpo"]["win_rate"].keys() == {"start", "dpo_plain"}
+    for arm in arms.values():
+        assert {*COLUMNS, "kinds_met", "rewards_chosen"} <= arm["measures"].keys()
+        assert arm["side"].keys() == MEASURES.keys()
+        assert min(arm["cost"].values()) > 0
+    assert not list(Path(environment["LAB_RUNS"]).glob("smollm/seed-31/sweeps/*"))
