@@ -46,8 +46,13 @@ def bars(
     title: str = "",
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
+    counted: dict[str, int] | None = None,
 ) -> Figure:
-    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model."""
+    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model.
+
+    Args: `counted`: {model: over how many answers}, where the values are shares: draws 95 %
+        intervals.
+    """
     measures = list(next(iter(values.values())))
     figure, ax = subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
@@ -55,6 +60,9 @@ def bars(
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
         heights = [row[name] for name in measures]
         drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model)
+        if counted:
+            half = [1.96 * (share * (1 - share) / counted[model]) ** 0.5 for share in heights]
+            ax.errorbar(places, heights, half, fmt="none", ecolor="black", elinewidth=1)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.margins(y=0.1)  # room for the labels
     ax.set(title=title, ylabel=ylabel, ylim=ylim)
@@ -114,14 +122,20 @@ def lines(
 
 
 def sweep_with_rates(
-    values: list[float], measures: dict[str, list], rates: list, xlabel: str, limits=None
+    values: list[float],
+    measures: dict[str, list],
+    rates: list,
+    xlabel: str,
+    limits=None,
+    against: str = "SFT",
 ) -> Figure:
     """One panel per measure against a swept setting, and a last one with the win rate and its 95 %
     interval.
 
-    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed.
+    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed; `against`: whom
+        the win rates are against.
     """
-    panels = {**measures, "win rate against SFT": [rate.rate for rate in rates]}
+    panels = {**measures, f"win rate against {against}": [rate.rate for rate in rates]}
     size = (3.0 * len(panels), 3.0)
     figure, axes = subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (name, points) in zip(axes.flat, panels.items(), strict=True):
