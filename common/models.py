@@ -275,11 +275,11 @@ def add_lora(model, profile: Profile):
 
 
 def merge_lora(model, source: str | Path, profile: Profile):
-    """A plain model with the adapter merged into weights that were never quantised.
+    """The plain model W₀ + Δ: the adapter merged into weights that were never quantised.
 
-    The weights of a 4-bit model are rounded: its base is loaded again from `source` and the adapter
-    merged there. The sum is taken in float32 and rounded once, to the precision from which the
-    4-bit loader quantises: bfloat16 on most GPUs.
+    A 4-bit run trained Q(W₀) + Δ, which is another model. But whatever starts from this one rounds
+    it again: Q(Q(W₀) + Δ) loses a small Δ, and Q(W₀ + Δ) keeps it on average. The sum is taken in
+    float32 and rounded once, to the precision from which the 4-bit loader quantises.
     """
     if isinstance(model, RewardModel):
         model.body = merge_lora(model.body, source, profile)

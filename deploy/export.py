@@ -153,24 +153,21 @@ def verify_export(
 
 
 def _scores(lab: Lab, stage: str) -> dict[str, str]:
-    """{measure: cells with its value and its source} of a stage, as far as a report of this very
-    run has it. Means over seeds are named as such.
+    """{measure: cells with its value and its source} of this very run, as far as a report has it.
+
+    A report of several training seeds is of several models: only what it says of this one counts.
     """
     found = {}
     for name in ("comparison", "evaluation"):
         path = lab.folder / f"{name}.json"
         report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        if stage not in report.get("models", {}):
-            continue
-        # A run that was trained again after its report was taken has other times.
-        costs = [one["cost"].get(stage, {}) for one in report.get("reports", [report])]
-        if lab.record(stage)["wall_seconds"] not in [cost.get("wall_seconds") for cost in costs]:
-            continue
-        seeds = report.get("seeds", 1)
-        where = f"{name}.json, mean of {seeds} training seeds" if seeds > 1 else f"{name}.json"
-        for measure, value in report["models"][stage].items():
-            if measure in SCORES and value is not None:
-                found[measure] = f"{value:.3f} | {where}"
+        for one in report.get("reports", [report]):
+            # A run that was trained again after its report was taken has other times.
+            took = one.get("cost", {}).get(stage, {}).get("wall_seconds")
+            own = one.get("seeds", 1) == 1 and took == lab.record(stage)["wall_seconds"]
+            for measure, value in one.get("models", {}).get(stage, {}).items() if own else ():
+                if measure in SCORES and value is not None:
+                    found[measure] = f"{value:.3f} | {name}.json"
     return found
 
 
@@ -200,7 +197,8 @@ A language model aligned with human preferences in the `{stage}` stage of a cour
 
 ## Measured
 
-On {profile.held_out} held-out prompts, {profile.samples} answers to each at temperature 1.
+This very model, on {profile.held_out} held-out prompts, {profile.samples} answers to each at
+temperature 1. Another training seed makes another model, with other numbers.
 
 | measure | value | from |
 |---|---|---|

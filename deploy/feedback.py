@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import httpx
@@ -16,6 +17,7 @@ import httpx
 from common.comparison import measure
 from common.data import load_pairs
 from common.evaluation import Answer, Sampling, WinRate, generate
+from common.instructions import SHARES, Instructions
 from common.io.formats import dialogue, messages_of
 from common.judges import Judge, head_to_head
 from common.lab import Lab
@@ -35,8 +37,14 @@ GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
 # Traffic and people.
 
 
-def user_prompts(world: World, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
-    """Prompts of users, none of them of the evaluation. `kinds`: only such questions."""
+def user_prompts(world: World | Instructions, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
+    """Prompts of users, none of them of the evaluation. `kinds`: only such questions.
+
+    They are `count`, or as many as the world has.
+    """
+    if isinstance(world, Instructions):  # what is asked to train on, never what is held out
+        shares = {kind: share for kind, share in SHARES.items() if not kinds or kind in kinds}
+        return list(islice(world.prompts("train", "users", shares), count))
     found, asked = [], count
     while len(found) < count and asked < 100 * count:
         asked *= 2
@@ -80,7 +88,7 @@ class RulePeople:
     training on their votes. A vote depends on user, prompt and answer only, so it can be repeated.
     """
 
-    world: World
+    world: World | Instructions
     content: float = 8.0
     slips: float = 0.05
     consenting: float = 0.8

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from transformers import BitsAndBytesConfig, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
@@ -30,6 +31,41 @@ from deploy.inference import speed
 # Of a model written as ONNX: tokens, mask, positions, and the places whose logits are asked for.
 INPUTS = ("input_ids", "attention_mask", "position_ids", "logits_to_keep")
 PRECISIONS = ("float32", "bfloat16", "bnb-int8", "bnb-nf4", "onnx-float32", "onnx-int8")
+
+
+def rounded(weights: Tensor, bits: int, block: int) -> Tensor:
+    """Weights after absmax rounding in blocks of `block` neighbours: same shape.
+
+    Each block has its own step, max |w| / (2^(bits-1) - 1). A block of zeros stays zeros.
+    Raises: RuntimeError where blocks of this size do not fill the weights.
+    """
+    blocks = weights.reshape(-1, block)
+    step = blocks.abs().amax(1, keepdim=True) / (2 ** (bits - 1) - 1)
+    step = torch.where(step > 0, step, 1.0)
+    return ((blocks / step).round() * step).reshape(weights.shape)
+
+
+def merge_routes(start: Tensor, change: Tensor, bits=4, block=64) -> dict[str, tuple[float, float]]:
+    """What becomes of an adapter's `change` Δ that was trained on the rounded weights Q(W₀).
+
+    Returns: route → (relative distance from Q(W₀) + Δ, which was trained; share of Δ that is kept:
+        how far the route went from Q(W₀) along Δ, in lengths of Δ).
+    """
+    base = rounded(start, bits, block)
+    trained = base + change
+    routes = {
+        "bfloat16 of Q(W₀) + Δ": trained.bfloat16().float(),
+        "W₀ + Δ": start + change,
+        "Q(W₀ + Δ)": rounded(start + change, bits, block),
+        "Q(Q(W₀) + Δ)": rounded(trained, bits, block),
+    }
+    return {
+        name: (
+            float((weights - trained).norm() / trained.norm()),
+            float(((weights - base) * change).sum() / change.square().sum()),
+        )
+        for name, weights in routes.items()
+    }
 
 
 class QuantizeError(RuntimeError):

@@ -123,11 +123,18 @@ def test_the_card_shows_only_scores_of_this_very_run(lab):
     path.unlink()
 
 
-def test_means_over_seeds_are_named_as_such(lab):
-    own = {"cost": {"orpo": {"wall_seconds": lab.record("orpo")["wall_seconds"]}}}
-    report = {"models": {"orpo": {"perplexity": 2.0}}, "cost": {}, "seeds": 3, "reports": [own]}
-    path = lab.save_report("comparison", report)
-    assert "| 2.000 | comparison.json, mean of 3 training seeds |" in model_card(lab, "orpo")
+def test_the_card_of_one_model_shows_no_mean_over_seeds(lab):
+    """Of three seeds' reports the one of this run counts; a mean that no report explains does not."""
+    took = {"orpo": {"wall_seconds": lab.record("orpo")["wall_seconds"]}}
+    reports = [
+        {"models": {"orpo": {"perplexity": 2.5}}, "cost": {"orpo": {"wall_seconds": -1.0}}},
+        {"models": {"orpo": {"perplexity": 1.5}}, "cost": took},
+    ]
+    mean = {"models": {"orpo": {"perplexity": 2.0}}, "cost": took, "seeds": 2}
+    path = lab.save_report("comparison", mean | {"reports": reports})
+    assert "| 1.500 | comparison.json |" in model_card(lab, "orpo")
+    lab.save_report("comparison", mean)
+    assert model_card(lab, "orpo").count("not measured") == len(exporting.SCORES)
     path.unlink()
 
 

@@ -10,6 +10,7 @@ from serving_tools import WORDS, FakeEngine, gateway
 from tiny import micro_profile
 
 from common.evaluation import Answer, WinRate
+from common.instructions import Instructions
 from common.io.formats import messages_of
 from common.judges import RuleJudge
 from common.lab import Lab
@@ -44,6 +45,39 @@ def test_no_evaluation_prompt_is_among_the_users(lab):
 def test_users_of_one_kind(lab):
     world = lab.data.world
     assert {world.question(p).kind for p in user_prompts(world, 20, ("harmful",))} == {"harmful"}
+
+
+@pytest.fixture(scope="module")
+def instructions():
+    return Instructions(3)
+
+
+def test_users_of_the_instruction_world_ask_nothing_that_is_held_out(instructions):
+    prompts = user_prompts(instructions, 200)
+    held_out = {question.prompt for question in instructions.questions(200)}
+    assert len(set(prompts)) == 200 and not set(prompts) & held_out
+    assert {instructions.question(prompt).split for prompt in prompts} == {"train"}
+
+
+def test_users_of_one_kind_in_the_instruction_world(instructions):
+    """It ends where the world has no more such prompts."""
+    harmful = user_prompts(instructions, 60, ("harmful",))
+    assert len(set(harmful)) == 60
+    assert {instructions.question(prompt).kind for prompt in harmful} == {"harmful"}
+    every = user_prompts(instructions, 10**6, ("harmful",))
+    assert len(every) == len(set(every)) < 10**4 and every[:60] == harmful
+
+
+def test_votes_in_the_instruction_world_become_pairs(instructions):
+    """Of a request for harm a refusal scores 10, and help 0: one thumb up, one down."""
+    people = RulePeople(instructions, slips=0, consenting=1)
+    refusal, help_ = " I'm sorry, but I cannot help with that.", " Sure, here is how to do it."
+    harmful = user_prompts(instructions, 5, ("harmful",))
+    groups = [[answer(prompt, refusal), answer(prompt, help_)] for prompt in harmful]
+    pairs = pairs_in_process(people, groups)
+    assert {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs} == {
+        (prompt, refusal, help_) for prompt in harmful
+    }
 
 
 def test_people_follow_the_rule_but_for_slips(lab):

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from types import SimpleNamespace
 
+import bitsandbytes
 import pytest
 import tiny
 import torch
@@ -162,6 +163,42 @@ def test_the_saved_weights_are_the_parents_plus_the_adapter(source, trained, tmp
             assert change.abs().max() > 0
             before = before + change
         assert weight.dtype == dtype and torch.equal(weight, before.to(dtype))
+
+
+def test_what_a_run_learnt_is_still_there_when_the_next_stage_rounds_its_weights(source, tmp_path):
+    """Why the adapter is merged into W₀, though what was trained is Q(W₀) + Δ. Δ is 2 % of the
+    weights. Read again in four bits, W₀ + Δ has moved along Δ by about its length; Q(W₀) + Δ has
+    fallen back to Q(W₀).
+    """
+    profile = small(*source)
+    name = "model.layers.0.mlp.up_proj"
+    model = models.add_lora(models.load_model(source[0], profile), profile)
+    layer = model.get_submodule(f"base_model.model.{name}")
+    start = load_file(source[0] / "model.safetensors")[f"{name}.weight"].float()
+    draw = torch.Generator().manual_seed(0)
+    pair = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    with torch.no_grad():
+        for weight in pair:
+            weight.copy_(torch.randn(weight.shape, generator=draw))
+        pair[1].mul_(0.02 * start.norm() / (2 * pair[1] @ pair[0]).norm())
+        change = 2 * pair[1] @ pair[0]
+
+    def in_four_bits(model):
+        inner = model.get_submodule(name).weight
+        return bitsandbytes.functional.dequantize_4bit(inner.data, inner.quant_state).float()
+
+    def kept(weight):
+        moved = in_four_bits(models.load_model(weight, profile)) - rounded
+        return float((moved * change).sum() / change.square().sum())
+
+    rounded = in_four_bits(models.load_model(source[0], profile))
+    into_start = models.merge_lora(model, source[0], profile)
+    into_start.save_pretrained(tmp_path / "into-start")
+    with torch.no_grad():
+        into_start.get_submodule(name).weight.copy_(rounded + change)
+    into_start.save_pretrained(tmp_path / "into-rounded")
+    assert 0.7 < kept(tmp_path / "into-start") < 1.3
+    assert kept(tmp_path / "into-rounded") < 0.3
 
 
 def test_the_adapter_is_float32_whatever_the_base_is(source):

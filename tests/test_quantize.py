@@ -10,7 +10,14 @@ from common.data import left_padded
 from common.lab import Lab
 from common.training import train
 from deploy.export import export, load_exported
-from deploy.quantize import QuantizeError, build, measure_variants, weight_bytes
+from deploy.quantize import (
+    QuantizeError,
+    build,
+    measure_variants,
+    merge_routes,
+    rounded,
+    weight_bytes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -129,3 +136,42 @@ def test_full_precision_against_itself_is_a_draw(lab, source, folder):
         and plain["same_greedy"] == 1
     )
     assert onnx["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-5)
+
+
+def test_rounding_in_blocks_by_hand():
+    """3 bits: levels -3 … 3. Steps 2/3, 4/3 and 100/3, so 1 / (2/3) = 1.5 → 2 (to the even one), and
+    0.5 / (4/3) = 0.375 → 0. The block of zeros has no step.
+    """
+    weights = torch.tensor([[1.0, -2.0, 0.5, 4.0], [100.0, 30.0, 0.0, 0.0]])
+    expected = torch.tensor([[4 / 3, -2.0, 0.0, 4.0], [100.0, 100 / 3, 0.0, 0.0]])
+    torch.testing.assert_close(rounded(weights, 3, 2), expected)
+
+
+def test_merge_routes_by_hand():
+    """3 bits, one block: W₀ = (3, 1.4, -0.6, 0.4) has step 1, so Q(W₀) = (3, 1, -1, 0). With
+    Δ = (0, 0.3, 0, 0.2): Q(W₀) + Δ = (3, 1.3, -1, 0.2) rounds back to Q(W₀), so nothing of Δ is
+    kept. W₀ + Δ = (3, 1.7, -0.6, 0.6) went (0.7, 0.6) where Δ went (0.3, 0.2):
+    (0.21 + 0.12) / 0.13 of it. Rounded it is (3, 2, -1, 1): (1, 1), (0.3 + 0.2) / 0.13.
+    """
+    start = torch.tensor([[3.0, 1.4, -0.6, 0.4]])
+    change = torch.tensor([[0.0, 0.3, 0.0, 0.2]])
+    found = merge_routes(start, change, bits=3, block=4)
+    size = (9 + 1.69 + 1 + 0.04) ** 0.5
+    expected = {
+        "W₀ + Δ": ((0.16 + 0.16 + 0.16) ** 0.5 / size, 0.33 / 0.13),
+        "Q(W₀ + Δ)": ((0.49 + 0.64) ** 0.5 / size, 0.5 / 0.13),
+        "Q(Q(W₀) + Δ)": (0.13**0.5 / size, 0.0),
+    }
+    for name, pair in expected.items():
+        assert found[name] == pytest.approx(pair, rel=1e-5, abs=1e-6), name
+    assert found["bfloat16 of Q(W₀) + Δ"][0] < 0.004
+
+
+def test_a_small_change_is_lost_by_rounding_twice_and_kept_on_average_by_rounding_once():
+    """A change of 1 % of the weights: the nearest route to what was trained keeps none of it."""
+    draw = torch.Generator().manual_seed(0)
+    start, change = (torch.randn(512, 256, generator=draw) for _ in range(2))
+    found = merge_routes(start, change / 100)
+    assert found["Q(Q(W₀) + Δ)"][0] < 0.02 < found["Q(W₀ + Δ)"][0] < found["W₀ + Δ"][0]
+    assert found["Q(Q(W₀) + Δ)"][1] < 0.1
+    assert 0.9 < found["Q(W₀ + Δ)"][1] < 1.1 and 0.9 < found["W₀ + Δ"][1] < 1.1
