@@ -287,3 +287,17 @@ def test_a_live_figure_is_silent_outside_a_notebook_and_redraws_in_one(monkeypat
     for force in (False, False, True):
         live.update(run(), force)
     assert drawn == ["dpo: step 4 of 4"] * 2 and not plt.get_fignums()
+
+
+def test_bars_of_shares_have_intervals_of_their_own_size():
+    """A share of .2 among 400 answers: 1.96 · sqrt(.2 · .8 / 400) = .0392."""
+    shares = {"chosen": {"rude": 0.2}, "rejected": {"rude": 0.5}}
+    ax = figures.bars(shares, "share", counted={"chosen": 400, "rejected": 100}).axes[0]
+    [(_, low), (_, high)] = ax.collections[0].get_segments()[0]
+    assert (low, high) == pytest.approx((0.2 - 0.0392, 0.2 + 0.0392), abs=1e-4)
+    assert not figures.bars(shares, "share").axes[0].collections
+
+
+def test_a_sweep_says_whom_its_win_rates_are_against():
+    figure = figures.sweep_with_rates([0, 1], {}, [rate(0.5), rate(0.7)], "λ", against="λ = 0")
+    assert figure.axes[-1].get_title() == "win rate against λ = 0"
