@@ -27,7 +27,7 @@ model: $(STAMP) ## fetch a real language model (SmolLM2-135M-Instruct, 93 MB) wi
 align: model ## align that model and show what changed: the shortest path to a real aligned model one can chat with
 	@$(PY) -m tools.align
 
-labs: $(STAMP) ## run all notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
+labs: $(STAMP) ## run the eight main notebooks (profile cpu; another one: LAB_PROFILE=gpt2 make labs)
 	@LAB_PROFILE=$${LAB_PROFILE:-cpu} $(PY) -m tools.run_labs
 
 test: $(STAMP) ## lint, unit and parity tests, and beside them every notebook on the smoke profile, offline
@@ -35,11 +35,11 @@ test: $(STAMP) ## lint, unit and parity tests, and beside them every notebook on
 	@$(PY) -m ruff format --check -q .
 	@$(PY) -m pytest $(TWO) -m "not more" --durations=10
 
-test-more: $(STAMP) ## the slow tests that `make test` leaves out
+test-more: $(STAMP) ## the slow tests that `make test` leaves out, the deep dives among them
 	@$(PY) -m pytest $(TWO) -m more --durations=10 -rs
 
-notebooks: $(STAMP) ## run all notebooks from nothing on profile cpu, and keep their outputs and times
-	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) -m tools.run_labs --fresh --in-place --record
+notebooks: $(STAMP) ## run all notebooks, deep dives too, from nothing on profile cpu; keep outputs and times
+	@env -u LAB_MODEL -u LAB_DATA -u LAB_SEED -u LAB_RUNS LAB_PROFILE=cpu $(PY) -m tools.run_labs --deep-dives --fresh --in-place --record
 	@$(PY) -m tools.readme_table
 
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds

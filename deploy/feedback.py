@@ -37,9 +37,7 @@ GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
 # Traffic and people.
 
 
-def user_prompts(
-    world: World | Instructions, count: int, kinds: tuple[str, ...] = ()
-) -> list[str]:
+def user_prompts(world: World | Instructions, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
     """Prompts of users, none of them of the evaluation. `kinds`: only such questions.
 
     They are `count`, or as many as the world has.

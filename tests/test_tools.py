@@ -18,7 +18,7 @@ LAB = "Lab-1.7-DPO_Alignment"
 
 def write_notebook(folder, name, *sources):
     path = folder / LAB / name
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     cells = [new_code_cell(source, id=f"cell-{number}") for number, source in enumerate(sources)]
     nbformat.write(new_notebook(cells=cells), path)
     return path
@@ -36,6 +36,22 @@ def test_a_notebook_runs_in_its_own_folder_and_is_measured(tmp_path):
     assert os.path.samefile(copy.cells[0].outputs[0].text.strip(), notebook.parent)
     assert timing["wall_seconds"] > 0 and timing["peak_memory_bytes"] > 100_000_000
     assert notebook.read_bytes() == before
+
+
+def test_the_deep_dives_run_after_the_main_notebooks_and_only_when_asked_for(
+    tmp_path, monkeypatch, capsys
+):
+    for name in ("02-B.ipynb", "deep-dives/01-C.ipynb"):
+        write_notebook(tmp_path, name, "1")
+    monkeypatch.setattr(run_labs, "ROOT", tmp_path)
+    monkeypatch.setattr(run_labs, "results_table", lambda folder: "")
+    asked = []
+    monkeypatch.setattr(run_labs, "run_all", lambda paths, *_: asked.append(paths) or {})
+    for arguments in ([], ["--deep-dives"], ["deep-dives/"]):
+        run_labs.main(arguments)
+    names = [[run_labs.name_of(path) for path in paths] for paths in asked]
+    main, dive = f"{LAB}/02-B.ipynb", f"{LAB}/deep-dives/01-C.ipynb"
+    assert names == [[main], [main, dive], [dive]]
 
 
 def test_in_place_writes_outputs_and_changes_nothing_else(tmp_path):
@@ -155,7 +171,10 @@ def test_a_table_has_a_header_a_rule_and_its_rows():
 
 
 def test_the_table_of_times_has_a_row_per_notebook_and_says_what_was_not_measured():
-    """80.4 s is 1 min 20 s; 620 MB is 0.62 GB; the last row adds times, and takes the peak."""
+    """80.4 s is 1 min 20 s; 620 MB is 0.62 GB; the last row adds times, and takes the peak.
+
+    Deep dives come after the main notebooks, with a sum of their own.
+    """
     machine = {"cpu": "X", "cores": 2, "memory_bytes": 8e9, "gpu": [], "versions": {"torch": "2"}}
     both = {
         f"{LAB}/01-A.ipynb": {"wall_seconds": 80.4, "peak_memory_bytes": 620e6},
@@ -166,12 +185,16 @@ def test_the_table_of_times_has_a_row_per_notebook_and_says_what_was_not_measure
         "cpu": {"machine": machine, "notebooks": both},
         "smoke": {"machine": machine, "notebooks": one},
     }
+    dive = f"{LAB}/deep-dives/01-C.ipynb"
+    both[dive] = {"wall_seconds": 7, "peak_memory_bytes": 900e6}
     text = readme_table.times_table(results)
     rows = cells(text)
     assert rows["notebook"] == ["`cpu`", "`smoke`"]
     assert rows[f"[Lab-1.7 01-A]({LAB}/01-A.ipynb)"] == ["1 min 20 s · 0.62 GB", "3 s · 0.05 GB"]
     assert rows[f"[Lab-1.7 02-B]({LAB}/02-B.ipynb)"] == ["5 s · 0.10 GB", "not measured"]
     assert rows["all"] == ["1 min 25 s · 0.62 GB", "3 s · 0.05 GB"]
+    assert rows[f"[Lab-1.7 deep-dives/01-C]({dive})"] == ["7 s · 0.90 GB", "not measured"]
+    assert rows["all deep dives"] == ["7 s · 0.90 GB", "not measured"]
     assert text.endswith("- `smoke`: 2 cores (X), 8 GB of memory; torch 2\n")
 
 

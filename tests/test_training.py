@@ -29,7 +29,7 @@ from common.io.files import read_metrics
 from common.judges import RewardJudge
 from common.lab import BrokenLineage, Lab, MissingRun
 from common.profiles import PROFILES
-from common.training import Session, Source, checkpoints
+from common.training import Session, Source, checkpoints, train_from_base
 from common.training import __main__ as train
 from common.training import train as train_stage
 from common.training import trainer as loop
@@ -382,7 +382,26 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
     monkeypatch.setattr("common.training.Trainer", None)
     again = train_stage(lab, "dpo_plain", epochs=2)
     assert "dpo_plain: reused" in capsys.readouterr().out
+
     assert again.record == json.loads(json.dumps(dpo.record)) and again.metrics == dpo.metrics
+
+
+def test_a_stage_is_trained_after_what_it_starts_from(lab, monkeypatch):
+    """Each stage once, its parents first. The base of a pre-trained model is there already."""
+    trained = []
+    monkeypatch.setattr("common.training.train", lambda _, stage: trained.append(stage) or stage)
+    assert train_from_base(lab, "dpo", "sft") == {name: name for name in ("base", "sft", "dpo")}
+    assert trained == ["base", "sft", "dpo"]
+    trained.clear()
+    train_from_base(Lab(PROFILES["gpt2"]), "orpo", "dpo")
+    assert trained == ["orpo", "sft", "dpo"]
+
+
+def test_a_run_says_its_fingerprint_when_it_is_trained_and_when_it_is_reused(lab, capsys):
+    for word in ("trained in", "reused"):
+        run = train_stage(lab, "sft_chosen", sweep="said", epochs=0.2)
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if word in line]
+        assert line.startswith("said: ") and f"(fingerprint {run.record['fingerprint']})" in line
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from tools.bench_table import gpu_markdown, step_summary
 from tools.results_table import comparison_markdown, quality_markdown
 from tools.tables import in_chinese, machine_line, markdown_table, read_results
 
+DEEP_DIVES = "deep-dives"  # the folder of a lab with the notebooks that only some readers need
 PAGES = ("README*.md", "docs/*.md", "Lab-*/README*.md")
 # Name of the comments → the block. `link` turns a path in the project into a link from the page.
 BLOCKS = {
@@ -59,24 +60,39 @@ def timing_text(timing: dict[str, float]) -> str:
     return f"{whole}{seconds} s · {timing['peak_memory_bytes'] / 1e9:.2f} GB"
 
 
+def label_of(name: str) -> str:
+    """`Lab-1.7 01-Setup`, or `Lab-1.7 deep-dives/01-Tokens` for a deep dive."""
+    inside = f"{DEEP_DIVES}/" if DEEP_DIVES in name else ""
+    return f"{'-'.join(name.split('-')[:2])} {inside}{Path(name).stem}"
+
+
+def _sum_of(timings: list[dict]) -> str:
+    """The times added, and the largest peak."""
+    if not timings:
+        return "not measured"
+    seconds = sum(timing["wall_seconds"] for timing in timings)
+    peak = max(timing["peak_memory_bytes"] for timing in timings)
+    return timing_text({"wall_seconds": seconds, "peak_memory_bytes": peak})
+
+
 def times_table(results: dict, link=str) -> str:
-    """Wall time and peak memory, one row per notebook and one column per profile; the machines."""
-    rows = []
-    for name in sorted({name for result in results.values() for name in result["notebooks"]}):
-        found = [result["notebooks"].get(name) for result in results.values()]
-        lab = "-".join(name.split("-")[:2])
-        times = [timing_text(timing) if timing else "not measured" for timing in found]
-        rows.append([f"[{lab} {Path(name).stem}]({link(name)})", *times])
-    sums = []
-    for result in results.values():
-        seconds, peaks = (
-            [timing[key] for timing in result["notebooks"].values()]
-            for key in ("wall_seconds", "peak_memory_bytes")
-        )
-        sums.append(timing_text({"wall_seconds": sum(seconds), "peak_memory_bytes": max(peaks)}))
-    table = markdown_table(
-        ["notebook", *(f"`{name}`" for name in results)], [*rows, ["all", *sums]]
-    )
+    """Wall time and peak memory, one row per notebook and one column per profile; the machines.
+
+    The main notebooks come first, then the deep dives, each with the sum of their times.
+    """
+    names, rows = {name for result in results.values() for name in result["notebooks"]}, []
+    for title, dive in (("all", False), ("all deep dives", True)):
+        group = sorted(name for name in names if (DEEP_DIVES in name) == dive)
+        for name in group:
+            found = [result["notebooks"].get(name) for result in results.values()]
+            times = [timing_text(timing) if timing else "not measured" for timing in found]
+            rows.append([f"[{label_of(name)}]({link(name)})", *times])
+        measured = [
+            [timing for name, timing in result["notebooks"].items() if name in group]
+            for result in results.values()
+        ]
+        rows += [[title, *map(_sum_of, measured)]] if group else []
+    table = markdown_table(["notebook", *(f"`{name}`" for name in results)], rows)
     machines = [f"- `{name}`: {machine_line(each['machine'])}" for name, each in results.items()]
     return "\n".join([table, "", *machines]) + "\n"
 

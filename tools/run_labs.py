@@ -1,5 +1,6 @@
 """Runs the notebooks of the course in order: `python -m tools.run_labs`, which `make labs` calls.
 
+With `--deep-dives` those of the labs' folders `deep-dives/` run too, after the main ones.
 Executed copies go to `<run folder>/notebooks/`. The first notebook that fails ends the run: its
 name, the cell and the error are printed, what ran is kept, and the exit status is 1. `timing.json`
 beside the copies holds two measures of each notebook: the wall seconds from kernel start to last
@@ -32,7 +33,7 @@ from tqdm import tqdm
 from common.io.files import write_json
 from common.profiles import ROOT, Profile, get_profile
 from tools.machine import describe_machine
-from tools.readme_table import timing_text
+from tools.readme_table import DEEP_DIVES, label_of, timing_text
 from tools.results_table import results_table
 from tools.tables import RESULTS_FOLDER
 
@@ -116,16 +117,22 @@ def run_notebook(notebook: nbformat.NotebookNode, folder: Path, label: str) -> d
     return {"wall_seconds": round(time.perf_counter() - start, 1), "peak_memory_bytes": max(peaks)}
 
 
+def name_of(notebook: Path) -> str:
+    """`Lab-…/01-….ipynb` or `Lab-…/deep-dives/01-….ipynb`."""
+    folders = 3 if notebook.parent.name == DEEP_DIVES else 2
+    return "/".join(notebook.parts[-folders:])
+
+
 def run_all(notebooks: list[Path], folder: Path, in_place: bool = False) -> dict[str, dict]:
     """Runs notebooks in order, their copies in `folder`.
 
-    Returns: {notebook: timing}. Raises: LabFailed.
+    Returns: {notebook, as lab/file or lab/deep-dives/file: timing}. Raises: LabFailed.
     """
     timings = {}
     for number, source in enumerate(notebooks, 1):
-        lab = source.parent.name
-        label = f"[{number}/{len(notebooks)}] {'-'.join(lab.split('-')[:2])} {source.stem}"
-        notebook, copy = nbformat.read(source, nbformat.NO_CONVERT), folder / lab / source.name
+        name = name_of(source)
+        label = f"[{number}/{len(notebooks)}] {label_of(name)}"
+        notebook, copy = nbformat.read(source, nbformat.NO_CONVERT), folder / name
         metadata = deepcopy(notebook.metadata)
         copy.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -140,7 +147,7 @@ def run_all(notebooks: list[Path], folder: Path, in_place: bool = False) -> dict
             if json.dumps(str(ROOT))[1:-1] in nbformat.writes(notebook):
                 raise LabFailed(f"{label} prints a path of this machine, {ROOT}: see {copy}")
             nbformat.write(notebook, source)
-        timings[f"{lab}/{source.name}"] = timing
+        timings[name] = timing
         print(f"{label}  {timing_text(timing)}", flush=True)
     return timings
 
@@ -167,6 +174,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Run the notebooks of the course in order.")
     add = parser.add_argument
     add("parts", nargs="*", help="only notebooks with one of these in their path: Lab-1.7, 02-")
+    add("--deep-dives", action="store_true", help="run the deep dives too, after the others")
     add("--in-place", action="store_true", help="write outputs into the notebooks themselves too")
     add("--fresh", action="store_true", help="remove the profile's run folder first")
     add("--record", action="store_true", help="keep the times in notebooks.json")
@@ -181,10 +189,17 @@ def main(arguments: list[str] | None = None) -> int:
         value = os.environ.get(name)
         if value and (name == "LAB_RUNS" or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())
-    everything = sorted(ROOT.glob("Lab-*/*.ipynb"))
+    everything = [
+        *sorted(ROOT.glob("Lab-*/*.ipynb")),
+        *sorted(ROOT.glob(f"Lab-*/{DEEP_DIVES}/*.ipynb")),
+    ]
     parts = options.parts or ["Lab-"]
-    names = {path: path.relative_to(ROOT).as_posix() for path in everything}
-    notebooks = [path for path in everything if any(part in names[path] for part in parts)]
+    dive = options.deep_dives or any(DEEP_DIVES in part for part in parts)
+    notebooks = [
+        path
+        for path in everything
+        if any(part in name_of(path) for part in parts) and (dive or DEEP_DIVES not in path.parts)
+    ]
     if not notebooks:
         sys.exit(f"No notebook found in {ROOT} with {' or '.join(parts)} in its path.")
     try:
@@ -195,7 +210,10 @@ def main(arguments: list[str] | None = None) -> int:
     folder = profile.folder.absolute() / (f"seed-{seed}" if seed else "")
     old = old_runs(profile, seed)
     if options.record and (notebooks != everything or (old and not options.fresh)):
-        sys.exit("Times are kept for all notebooks from nothing: add --fresh, name no notebooks.")
+        sys.exit(
+            "Times are kept for all notebooks from nothing: add --deep-dives and --fresh, "
+            "name no notebooks."
+        )
     if options.fresh and old:
         print(f"Starting from nothing: removing the runs in {folder}")
         for path in old:

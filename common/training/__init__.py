@@ -81,7 +81,24 @@ def train(
     # 4. Keep the model and what the run took.
     record = _record(lab, trainer, metrics, parts, (parent, reference))
     model = _save(lab, trainer, record, lab.source(parent) if parent else None)
+    if trainer.accelerator.is_main_process:
+        seconds = record["wall_seconds"]
+        print(f"{sweep or stage}: trained in {seconds:.0f} s (fingerprint {fingerprint})")
     return Run(model, record, metrics, folder)
+
+
+def train_from_base(lab: Lab, *stages: str) -> dict[str, Run]:
+    """Trains stages after all that they start from; finished runs are reused.
+
+    A base that is a pre-trained model is left out. Raises: as `train`.
+    """
+    runs = {}
+    for stage in stages:
+        if (parent := lab.parent_of(stage)) and parent not in runs:
+            runs |= train_from_base(lab, parent)
+        if lab.has_own_weights(stage) and stage not in runs:
+            runs[stage] = train(lab, stage)
+    return runs
 
 
 def _rows_of(lab: Lab, stage: str, pairs) -> tuple[list[dict], list[dict]]:
