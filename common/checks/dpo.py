@@ -111,7 +111,8 @@ def _loss_of_rows(policy, reference, beta: float) -> Tensor:
 
     def logp(model, row, side):
         ids = torch.tensor([row["prompt_ids"] + row[side]])
-        logps = torch.log_softmax(model(ids).logits[0], -1)
+        logits = model(ids, attention_mask=torch.ones_like(ids)).logits
+        logps = torch.log_softmax(logits[0], -1)
         first = len(row["prompt_ids"])
         return sum(logps[place - 1, ids[0, place]] for place in range(first, ids.shape[1]))
 
@@ -132,7 +133,7 @@ def _step_by_hand(policy, reference, beta: float, rate: float) -> tuple[float, l
     norm = torch.stack([slope.norm() for slope in slopes]).norm()
     scale = rate / max(1.0, float(norm))
     pairs = zip(weights, slopes, strict=True)
-    return float(loss), [(w - scale * slope).detach() for w, slope in pairs]
+    return float(loss.detach()), [(w - scale * slope).detach() for w, slope in pairs]
 
 
 def check_dpo_train_step(fn):

@@ -15,15 +15,16 @@ from common.training import Run
 COLUMNS = {
     "rate": "learning rate",
     "beta": "β",
-    "steps": "steps",
-    "margin": "margin, β in it",
+    "margin": "margin, with β",
     "accuracy": "accuracy",
     "kl": "KL, nats",
     "chosen": "Δ log p chosen",
     "rejected": "Δ log p rejected",
-    "tokens": "tokens an answer",
+    "tokens": "tokens",
     "win": "win rate [95 %]",
+    "steps": "steps",
 }
+USUAL = tuple(COLUMNS)[:-1]
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Yardstick:
         ]
 
 
-def table_of(points: dict[str, dict], columns: tuple[str, ...] = tuple(COLUMNS)):
+def table_of(points: dict[str, dict], columns: tuple[str, ...] = USUAL):
     """Points of a sweep, {name: what `Yardstick.measure` found}, as a table with named columns."""
     import pandas
 
