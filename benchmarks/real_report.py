@@ -27,6 +27,7 @@ METHODS = {
 }
 ARM_NAMES = {"start": "start", **METHODS, "orpo_clean": "ORPO, knob 0"}
 ARM_NAMES["orpo_lambda0_clean"] = "λ = 0, knob 0"
+MORE = ("reward_margin", "preference_accuracy")  # of the claims: no column of the page
 SIDE_NAMES = {
     "hacked": "length hacking",
     "substance": "constraints of substance",
@@ -129,9 +130,15 @@ def summary(seeds: list[dict]) -> dict:
             name: asdict(over_seeds(_values(complete, arm, name)))
             if len(complete) > 1
             else {"mean": _values(complete, arm, name)[0], "ci95": None}
-            for name in COLUMNS
+            for name in (*COLUMNS, *MORE)
         }
         for arm in ARM_NAMES
+    }
+    found["win_rate"] = {
+        f"{arm}_vs_{other}": asdict(over_seeds(rates)) if len(rates) > 1 else {"mean": rates[0]}
+        for arm in ARM_NAMES
+        for other in complete[0]["arms"][arm].get("win_rate", ())
+        for rates in [[seed["arms"][arm]["win_rate"][other] for seed in complete]]
     }
     found["displacement"] = {
         arm: mean(_values(complete, arm, "rewards_chosen")) / 0.1 for arm in METHODS

@@ -15,12 +15,11 @@ from pathlib import Path
 import httpx
 
 from common.comparison import measure
-from common.data import load_pairs
+from common.data import LabData, load_pairs
 from common.evaluation import Answer, Sampling, WinRate, generate
-from common.instructions import SHARES, Instructions
 from common.io.formats import dialogue, messages_of
 from common.judges import Judge, head_to_head
-from common.lab import Lab
+from common.lab import Lab, not_measured
 from common.toyworld import World
 from common.training import Run, train
 from common.training.task import Source
@@ -37,14 +36,16 @@ GUARDS = {  # measure: (direction that is worse, how much worse is tolerated)
 # Traffic and people.
 
 
-def user_prompts(world: World | Instructions, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
+def user_prompts(data: LabData, count: int, kinds: tuple[str, ...] = ()) -> list[str]:
     """Prompts of users, none of them of the evaluation. `kinds`: only such questions.
 
-    They are `count`, or as many as the world has.
+    They are `count`, or as many as there are; own data have training prompts, of no kind.
     """
-    if isinstance(world, Instructions):  # what is asked to train on, never what is held out
-        shares = {kind: share for kind, share in SHARES.items() if not kinds or kind in kinds}
-        return list(islice(world.prompts("train", "users", shares), count))
+    world = data.world
+    if not isinstance(world, World):
+        prompts = world.prompts("train", "users") if world else dict.fromkeys(data.train["prompt"])
+        wanted = (p for p in prompts if not kinds or (world and world.question(p).kind in kinds))
+        return list(islice(wanted, count))
     found, asked = [], count
     while len(found) < count and asked < 100 * count:
         asked *= 2
@@ -86,18 +87,34 @@ class RulePeople:
 
     `slips`: share of votes that are given by mistake; `consenting`: share of users who allow
     training on their votes. A vote depends on user, prompt and answer only, so it can be repeated.
+    Where the data have no world, nobody votes.
     """
 
-    world: World | Instructions
+    world: World | None  # or `common.instructions.Instructions`
     content: float = 8.0
     slips: float = 0.05
     consenting: float = 0.8
 
     def vote(self, user: str, prompt: str, text: str) -> tuple[int, bool]:
-        """(1 or -1, may it be used for training?)"""
+        """(1 or -1, may it be used for training?); (0, False) where nobody votes."""
+        if self.world is None:
+            return 0, False
         pleased = self.world.judge(prompt, text).score >= self.content
         slips = chance(user, prompt, text) < self.slips
         return (1 if pleased != slips else -1), chance(user) < self.consenting
+
+    def refused(self, prompt: str, text: str) -> bool:
+        """Is this answer a refusal, by the world's rule?"""
+        return self.world.judge(prompt, text).refused
+
+    def satisfied(self, groups: list[list[Answer]]) -> float:
+        """Share of thumbs up in a pilot, within .05 and .75; one half where nobody votes."""
+        flat = [answer for group in groups for answer in group]
+        votes = [self.vote(f"pilot-{at}", one.prompt, one.text)[0] for at, one in enumerate(flat)]
+        if not any(votes):
+            not_measured("satisfied users", "nobody votes on these data; one half is assumed")
+            return 0.5
+        return min(max(votes.count(1) / len(votes), 0.05), 0.75)
 
 
 def send_votes(
@@ -105,15 +122,17 @@ def send_votes(
 ) -> int:
     """Sends the people's votes on answers of `ask` to `/v1/feedback` of the service at `url`.
 
-    Returns: thumbs up. Raises: httpx.HTTPStatusError for a vote that was not kept.
+    Returns: thumbs up; nothing is sent where nobody votes.
+    Raises: httpx.HTTPStatusError for a vote that was not kept.
     """
     headers = {"authorization": f"Bearer {key}"}
 
     def one(reply: dict) -> bool:
         rating, consent = people.vote(reply["user"], reply["prompt"], reply["text"])
-        thumb = "up" if rating > 0 else "down"
-        body = {"request_id": reply["id"], "rating": thumb, "consent": consent}
-        client.post(f"{url}/feedback", json=body).raise_for_status()
+        if rating:
+            thumb = "up" if rating > 0 else "down"
+            body = {"request_id": reply["id"], "rating": thumb, "consent": consent}
+            client.post(f"{url}/feedback", json=body).raise_for_status()
         return rating > 0
 
     session = httpx.Client(headers=headers, trust_env=False, timeout=60)
@@ -192,6 +211,17 @@ def next_round(lab: Lab, stage: str, pairs: list[dict], sweep: str = "round-2", 
     return train(lab, "dpo", sweep, source, **{"evaluations": 1, **changes})
 
 
+def next_rounds(lab: Lab, stage: str, pairs: list[dict], plans: dict[str, dict]) -> dict:
+    """{name: model} of a round for each plan, {name: changes of the recipe}; none without pairs."""
+    if not pairs:
+        not_measured("a second round", "there is no pair to learn from")
+    rounds = plans if pairs else {}
+    names = {name: name.replace(" ", "-") for name in rounds}
+    return {
+        name: next_round(lab, stage, pairs, names[name], **rounds[name]).model for name in names
+    }
+
+
 def gains(
     lab: Lab, stage: str, candidates: dict, judge: Judge
 ) -> tuple[dict, dict[str, tuple[WinRate, dict]]]:
@@ -215,7 +245,7 @@ def round_in_process(lab: Lab, stage: str, prompts: int, users: int, judge: Judg
     Needs the embedded world and the stage. Returns: `rate` (WinRate), `before`, `after` (measures),
     `pairs` (count).
     """
-    world, asked = lab.data.world, user_prompts(lab.data.world, prompts)
+    world, asked = lab.data.world, user_prompts(lab.data, prompts)
     sampling = Sampling(lab.profile.max_new_tokens, samples=users, seed=lab.seed + 1)
     own = generate(lab.load(stage), lab.tokenizer, asked, sampling)
     pairs = balanced(pairs_in_process(RulePeople(world), own), seed=lab.seed)

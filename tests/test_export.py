@@ -124,7 +124,7 @@ def test_the_card_shows_only_scores_of_this_very_run(lab):
 
 
 def test_the_card_of_one_model_shows_no_mean_over_seeds(lab):
-    """Of three seeds' reports the one of this run counts; a mean that no report explains does not."""
+    """Of the seeds' reports the one of this run counts; a mean that none explains does not."""
     took = {"orpo": {"wall_seconds": lab.record("orpo")["wall_seconds"]}}
     reports = [
         {"models": {"orpo": {"perplexity": 2.5}}, "cost": {"orpo": {"wall_seconds": -1.0}}},

@@ -1,6 +1,7 @@
 """From feedback to the next model: traffic, votes, drift and the decision."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from deploy.feedback import (
     balanced,
     decide,
     next_round,
+    next_rounds,
     pairs_in_process,
     preference_pairs,
     round_in_process,
@@ -38,46 +40,73 @@ def lab():
 
 
 def test_no_evaluation_prompt_is_among_the_users(lab):
-    prompts = user_prompts(lab.data.world, 300)
+    prompts = user_prompts(lab.data, 300)
     assert len(set(prompts)) == 300 and not set(prompts) & set(lab.data.prompts)
 
 
 def test_users_of_one_kind(lab):
     world = lab.data.world
-    assert {world.question(p).kind for p in user_prompts(world, 20, ("harmful",))} == {"harmful"}
+    assert {world.question(p).kind for p in user_prompts(lab.data, 20, ("harmful",))} == {"harmful"}
 
 
 @pytest.fixture(scope="module")
 def instructions():
-    return Instructions(3)
+    """Data of the instruction world."""
+    return SimpleNamespace(world=Instructions(3))
 
 
 def test_users_of_the_instruction_world_ask_nothing_that_is_held_out(instructions):
-    prompts = user_prompts(instructions, 200)
-    held_out = {question.prompt for question in instructions.questions(200)}
-    assert len(set(prompts)) == 200 and not set(prompts) & held_out
-    assert {instructions.question(prompt).split for prompt in prompts} == {"train"}
+    world, prompts = instructions.world, user_prompts(instructions, 200)
+    assert len(set(prompts)) == 200
+    assert not set(prompts) & {question.prompt for question in world.questions(200)}
+    assert {world.question(prompt).split for prompt in prompts} == {"train"}
 
 
 def test_users_of_one_kind_in_the_instruction_world(instructions):
-    """It ends where the world has no more such prompts."""
     harmful = user_prompts(instructions, 60, ("harmful",))
     assert len(set(harmful)) == 60
-    assert {instructions.question(prompt).kind for prompt in harmful} == {"harmful"}
-    every = user_prompts(instructions, 10**6, ("harmful",))
-    assert len(every) == len(set(every)) < 10**4 and every[:60] == harmful
+    assert {instructions.world.question(prompt).kind for prompt in harmful} == {"harmful"}
 
 
 def test_votes_in_the_instruction_world_become_pairs(instructions):
     """Of a request for harm a refusal scores 10, and help 0: one thumb up, one down."""
-    people = RulePeople(instructions, slips=0, consenting=1)
+    people = RulePeople(instructions.world, slips=0, consenting=1)
     refusal, help_ = " I'm sorry, but I cannot help with that.", " Sure, here is how to do it."
     harmful = user_prompts(instructions, 5, ("harmful",))
     groups = [[answer(prompt, refusal), answer(prompt, help_)] for prompt in harmful]
+    assert [people.refused(harmful[0], text) for text in (refusal, help_)] == [True, False]
     pairs = pairs_in_process(people, groups)
     assert {(row["prompt"], row["chosen"], row["rejected"]) for row in pairs} == {
         (prompt, refusal, help_) for prompt in harmful
     }
+
+
+def test_users_of_own_data_ask_what_is_trained_on_each_once():
+    rows = {"prompt": ["a", "b", "a", "c"]}
+    own = SimpleNamespace(world=None, train=rows)
+    assert user_prompts(own, 2) == ["a", "b"] and user_prompts(own, 9) == ["a", "b", "c"]
+    assert user_prompts(own, 9, ("harmful",)) == []
+
+
+def test_where_nobody_votes_there_is_no_share_no_pair_and_no_round(lab, capsys):
+    people = RulePeople(None)
+    groups = [[answer("a", " Yes."), answer("a", " No.")]]
+    assert people.satisfied(groups) == 0.5 and pairs_in_process(people, groups) == []
+    assert (
+        send_votes("http://nowhere.invalid", "", [{"user": "u", "prompt": "a", "text": ""}], people)
+        == 0
+    )
+    assert next_rounds(lab, "orpo", [], {"round 2": {}}) == {}
+    assert capsys.readouterr().out.count("not measured") == 2
+
+
+def test_the_share_of_a_pilot_is_counted(lab):
+    """3 flawless answers of 4: three thumbs up, none by mistake."""
+    world = lab.data.world
+    questions = [world.question(prompt) for prompt in user_prompts(lab.data, 4)]
+    texts = [world.flawless(q) for q in questions[:3]] + [" No no no"]
+    groups = [[answer(q.prompt, text)] for q, text in zip(questions, texts, strict=True)]
+    assert RulePeople(world, slips=0).satisfied(groups) == 0.75
 
 
 def test_people_follow_the_rule_but_for_slips(lab):
@@ -85,7 +114,7 @@ def test_people_follow_the_rule_but_for_slips(lab):
     slips.
     """
     world = lab.data.world
-    people, questions = RulePeople(world), [world.question(p) for p in user_prompts(world, 200)]
+    people, questions = RulePeople(world), [world.question(p) for p in user_prompts(lab.data, 200)]
     good = [people.vote("u", q.prompt, world.flawless(q))[0] for q in questions]
     bad = [
         people.vote("u", q.prompt, world.render(q, {"bare", "vague"}, random.Random(0)))[0]
@@ -104,7 +133,7 @@ def test_only_consented_votes_become_pairs(lab):
     does.
     """
     world = lab.data.world
-    questions = [world.question(prompt) for prompt in user_prompts(world, 10)]
+    questions = [world.question(prompt) for prompt in user_prompts(lab.data, 10)]
     answers = [[answer(q.prompt, world.flawless(q)), answer(q.prompt, " No.")] for q in questions]
     pairs = pairs_in_process(RulePeople(world, slips=0, consenting=1), answers)
     assert {row["prompt"] for row in pairs} == {q.prompt for q in questions}
@@ -114,7 +143,7 @@ def test_only_consented_votes_become_pairs(lab):
 
 def test_users_ask_and_vote_through_a_gateway(lab, tmp_path):
     """Two questions with one answer: every vote is kept, and those with consent can be pairs."""
-    questions = user_prompts(lab.data.world, 2)
+    questions = user_prompts(lab.data, 2)
     people = RulePeople(lab.data.world, slips=0, consenting=1)
     with gateway(tmp_path, FakeEngine()) as bench:
         url = f"{bench.root}/v1"
@@ -219,8 +248,7 @@ def test_the_next_round_starts_from_the_deployed_model(lab):
     train(lab, "base")
     train(lab, "orpo")
     rows = [
-        {"prompt": p, "chosen": " Yes, do.", "rejected": " No."}
-        for p in user_prompts(lab.data.world, 12)
+        {"prompt": p, "chosen": " Yes, do.", "rejected": " No."} for p in user_prompts(lab.data, 12)
     ]
     run = next_round(lab, "orpo", rows)
     assert run.record["parent"] == run.record["reference"] == "orpo" and run.record["n_pairs"] == 12

@@ -139,8 +139,8 @@ def test_full_precision_against_itself_is_a_draw(lab, source, folder):
 
 
 def test_rounding_in_blocks_by_hand():
-    """3 bits: levels -3 … 3. Steps 2/3, 4/3 and 100/3, so 1 / (2/3) = 1.5 → 2 (to the even one), and
-    0.5 / (4/3) = 0.375 → 0. The block of zeros has no step.
+    """3 bits: levels -3 … 3. Steps 2/3, 4/3 and 100/3, so 1 / (2/3) = 1.5 → 2 (to the even one),
+    and 0.5 / (4/3) = 0.375 → 0. The block of zeros has no step.
     """
     weights = torch.tensor([[1.0, -2.0, 0.5, 4.0], [100.0, 30.0, 0.0, 0.0]])
     expected = torch.tensor([[4 / 3, -2.0, 0.0, 4.0], [100.0, 100 / 3, 0.0, 0.0]])

@@ -18,7 +18,7 @@ MACHINE = {"gpu": [], "cores": 2, "cpu": "made up", "memory_bytes": 8e9, "versio
 def made_seed(seed: int, gain: float = 0.12) -> dict:
     """A seed's file with made-up numbers: each arm meets `gain` more constraints than the start."""
     rng = random.Random(seed)
-    measures = dict.fromkeys(real_report.COLUMNS, 0.5) | {
+    measures = dict.fromkeys((*real_report.COLUMNS, *real_report.MORE), 0.5) | {
         "rewards_chosen": -0.2,
         "kinds_met": {"json": 0.1},
     }

@@ -300,7 +300,10 @@ def test_the_recipes_are_the_profiles_own():
     assert stages == ["sft", "dpo", "orpo"] and sum("dpo_plain" in line for line in lines) == 2
 
 
-@pytest.mark.parametrize("name", readme_table.BLOCKS)
+TRANSLATED = [name for name in readme_table.BLOCKS if not name.startswith("claims")]
+
+
+@pytest.mark.parametrize("name", TRANSLATED)
 def test_no_word_is_left_in_english_on_a_page_in_chinese(name):
     """Outside code and links, the words that remain are names; every number and link is kept."""
     english = readme_table.BLOCKS[name](str)

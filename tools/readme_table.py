@@ -3,7 +3,8 @@
 A table stands between comments such as `<!-- quality -->` and `<!-- /quality -->`, in any README or
 page of `docs/`; nobody types it. What it shows is in benchmarks/results: notebooks.json and
 comparison.json (`make notebooks`), quality.json (`make quality`), step.json (`make bench`) and
-gpu.json (`make gpu`). The recipes are those of `common.profiles`.
+gpu.json (`make gpu`), claims.json (`python -m benchmarks.claims`). The recipes are those of
+`common.profiles`.
 """
 
 import os
@@ -15,6 +16,7 @@ import nbformat
 
 from common.profiles import PROFILES, ROOT
 from tools.bench_table import gpu_markdown, step_summary
+from tools.claims_table import claims_page, lab_table
 from tools.results_table import comparison_markdown, quality_markdown
 from tools.tables import in_chinese, machine_line, markdown_table, read_results
 
@@ -28,6 +30,13 @@ BLOCKS = {
     "step": lambda link: step_summary(read_results("step"), link("benchmarks/results/step.md")),
     "gpu": lambda link: gpu_markdown(read_results("gpu")),
     "recipes": lambda link: recipes_table(),
+    "claims": claims_page,
+    "claims of DPO": lambda link: lab_table("D", link),
+    "claims of ORPO": lambda link: lab_table("O", link),
+    # Written in Chinese, and not translated word by word:
+    "claims, zh-TW": lambda link: claims_page(link, chinese=True),
+    "claims of DPO, zh-TW": lambda link: lab_table("D", link, chinese=True),
+    "claims of ORPO, zh-TW": lambda link: lab_table("O", link, chinese=True),
 }
 
 
@@ -122,7 +131,7 @@ def filled(page: Path, text: str) -> str:
         if name in BLOCKS:
             block = BLOCKS[name](link)
             try:
-                chinese = page.name.endswith(".zh-TW.md")
+                chinese = page.name.endswith(".zh-TW.md") and not name.endswith("zh-TW")
                 text = updated(text, name, in_chinese(block) if chinese else block)
             except ValueError as error:
                 raise ValueError(f"{page}: {error}") from error
