@@ -12,7 +12,7 @@ from torch import Tensor
 from common.checks import close
 from common.data import collate
 
-END = 10  # EOS of the toy vocabulary below
+_EOS = 10  # EOS of the toy vocabulary below
 
 
 def _near(found, expected) -> bool:
@@ -91,9 +91,9 @@ def _models():
     """A policy and a reference: two GPT-2s of a few weights, without dropout, in float64."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    size = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 32, "vocab_size": END + 1}
+    size = {"n_layer": 1, "n_head": 2, "n_embd": 8, "n_positions": 32, "vocab_size": _EOS + 1}
     still = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    config = GPT2Config(**size, **still, bos_token_id=END, eos_token_id=END, pad_token_id=END)
+    config = GPT2Config(**size, **still, bos_token_id=_EOS, eos_token_id=_EOS, pad_token_id=_EOS)
     with torch.random.fork_rng():
         torch.manual_seed(3)
         models = [GPT2LMHeadModel(config).double().train() for _ in range(2)]
@@ -103,9 +103,9 @@ def _models():
 
 
 ROWS = [
-    {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, END], "rejected_ids": [6, END]},
-    {"prompt_ids": [7], "chosen_ids": [8, 9, 1, 2, END], "rejected_ids": [3, 3, 3, END]},
-    {"prompt_ids": [5, 5], "chosen_ids": [END], "rejected_ids": [2, 9, END]},
+    {"prompt_ids": [1, 2, 3], "chosen_ids": [4, 5, _EOS], "rejected_ids": [6, _EOS]},
+    {"prompt_ids": [7], "chosen_ids": [8, 9, 1, 2, _EOS], "rejected_ids": [3, 3, 3, _EOS]},
+    {"prompt_ids": [5, 5], "chosen_ids": [_EOS], "rejected_ids": [2, 9, _EOS]},
 ]
 
 
@@ -140,7 +140,7 @@ def _step_by_hand(policy, reference, beta: float, rate: float) -> tuple[float, l
 
 
 def check_dpo_train_step(fn):
-    batch = collate(ROWS, END)
+    batch = collate(ROWS, _EOS)
 
     def moved(beta, rate=0.5, dirty=False):
         policy, reference = _models()

@@ -12,7 +12,7 @@ from common.judges import Judge, compare, head_to_head
 from common.lab import Lab
 from common.training import Run
 
-COLUMNS = {
+POINT_COLUMNS = {
     "rate": "learning rate",
     "beta": "β",
     "margin": "margin, with β",
@@ -24,7 +24,7 @@ COLUMNS = {
     "win": "win rate [95 %]",
     "steps": "steps",
 }
-USUAL = tuple(COLUMNS)[:-1]
+USUAL = tuple(POINT_COLUMNS)[:-1]
 
 
 @dataclass
@@ -103,7 +103,9 @@ def table_of(points: dict[str, dict], columns: tuple[str, ...] = USUAL):
             return f"{value.rate:.2f} [{value.ci95[0]:.2f}, {value.ci95[1]:.2f}]"
         return f"{value:g}" if key in ("rate", "beta", "steps") else f"{value:.2f}"
 
-    rows = [{COLUMNS[key]: text(key, point[key]) for key in columns} for point in points.values()]
+    rows = [
+        {POINT_COLUMNS[key]: text(key, point[key]) for key in columns} for point in points.values()
+    ]
     return pandas.DataFrame(rows, index=list(points))
 
 
