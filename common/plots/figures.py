@@ -127,7 +127,7 @@ def sweep_with_rates(
 
     Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed.
     """
-    panels = {**measures, "win rate against SFT": [rate.rate for rate in rates]}
+    panels = {**measures, "win rate against the start": [rate.rate for rate in rates]}
     size = (3.0 * len(panels), 3.0)
     figure, axes = subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (name, points) in zip(axes.flat, panels.items(), strict=True):
@@ -164,7 +164,7 @@ def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: s
             ax.plot(point[name], point["win"].rate, "o", color=colour)
         ax.axhline(0.5, **MARK)
         ax.set(xlabel=label)
-    axes.flat[0].set_ylabel("win rate against SFT")
+    axes.flat[0].set_ylabel("win rate against the start")
     figure.suptitle(title)
     return figure
 
