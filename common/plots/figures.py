@@ -125,7 +125,7 @@ def sweep_with_rates(
     rates: list,
     xlabel: str,
     limits=None,
-    against: str = "SFT",
+    against: str = "the start",
 ) -> Figure:
     """One panel per measure against a swept setting, and a last one with the win rate and its 95 %
     interval.
@@ -170,7 +170,7 @@ def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: s
             ax.plot(point[name], point["win"].rate, "o", color=colour)
         ax.axhline(0.5, **MARK)
         ax.set(xlabel=label)
-    axes.flat[0].set_ylabel("win rate against SFT")
+    axes.flat[0].set_ylabel("win rate against the start")
     figure.suptitle(title)
     return figure
 
