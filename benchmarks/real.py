@@ -8,11 +8,9 @@ again. `--tune` chooses the rates first, on a seed and topics that nothing is ev
 """
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -21,8 +19,10 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from benchmarks import real_report
-from common.comparison import COSTS, measure
+from benchmarks import real_pages, real_report
+from benchmarks.plans import PlanError, plan_digest, seed_record
+from benchmarks.real_measures import Ruler
+from common.comparison import COSTS
 from common.data import load_pairs
 from common.evaluation import Answer
 from common.instructions import CONSTRAINTS, instruction
@@ -31,7 +31,6 @@ from common.judges import RuleJudge, head_to_head
 from common.lab import Lab
 from common.profiles import ROOT, get_profile
 from common.training import Source, train
-from tools.align import prose_perplexity
 from tools.machine import describe_machine
 
 PLAN = ROOT / "docs" / "real-model-plan.md"
@@ -44,10 +43,6 @@ RATES = {  # five for every arm: the same effort
     "orpo": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
     "orpo_lambda0": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
 }
-
-
-class PlanError(RuntimeError):
-    """The plan is not committed, or a seed was run under another one."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +107,6 @@ def length_trials(rate: float) -> dict[str, Trial]:
     }
 
 
-def plan_digest() -> str:
-    """sha256 of the plan. Raises: PlanError unless it is committed as it is."""
-    name = PLAN.relative_to(ROOT).as_posix()
-    asked = ["git", "show", f"HEAD:{name}"]
-    found = subprocess.run(asked, cwd=ROOT, capture_output=True)
-    if found.returncode or found.stdout != PLAN.read_bytes():
-        raise PlanError(f"{name} is not committed as it is. Commit the plan before a run.")
-    return hashlib.sha256(found.stdout).hexdigest()
-
-
 def pairs_of(lab: Lab, trial: Trial) -> Dataset:
     """The training pairs of an arm: of all that there are at this knob, the chosen ones."""
     count = trial.pairs if trial.choose is None else ARM_PAIRS
@@ -132,39 +117,32 @@ def pairs_of(lab: Lab, trial: Trial) -> Dataset:
     return pairs
 
 
-def measured(lab: Lab, model, start) -> tuple[dict, list[list[Answer]]]:
-    """Every shared measure, with the perplexity of plain text; and the answers."""
-    values, answers = measure(lab, model, start)
-    prose = prose_perplexity(model, lab.tokenizer, lab.profile.eval_batch)
-    return values | {"prose_perplexity": prose}, answers
+def run_trial(lab: Lab, name: str, trial: Trial):
+    """Trains one arm, with the reference's log-probabilities cached.
 
-
-def run_trial(lab: Lab, name: str, trial: Trial, start) -> tuple[dict, list[list[Answer]]]:
-    """Trains and measures one arm; its weights are removed afterwards (half a gigabyte each)."""
-    pairs = pairs_of(lab, trial)
-    run = train(
-        lab, trial.stage, f"real-{name}", Source(pairs=pairs), evaluations=1, **trial.changes
-    )
-    values, answers = measured(lab, run.model, start)
-    cost = {key: run.record[key] for key in COSTS}
+    Returns: (its `Run`, what is known of it). Nothing but a few rows is measured on the way: every
+    arm is measured afterwards.
+    """
+    few = Lab(replace(lab.profile, held_out=8, sampled_prompts=1), lab.seed)
+    options = {"evaluations": 1, "cache_reference": True} | trial.changes
+    source = Source(pairs=pairs_of(lab, trial))
+    run = train(few, trial.stage, f"real-{name}", source, **options)
     settings = {"lr": run.record["hyperparameters"]["lr"], "steps": run.record["steps"]}
     settings |= {"n_pairs": run.record["n_pairs"], "knob": trial.knob, "stage": trial.stage}
-    shutil.rmtree(run.folder)
-    return {"settings": settings, "measures": values, "cost": cost}, answers
+    return run, {"settings": settings, "cost": {key: run.record[key] for key in COSTS}}
 
 
 class Seed:
     """The file of one seed: what it holds is kept, what is missing is run."""
 
     def __init__(self, seed: int, folder: Path = real_report.FOLDER):
-        self.path, self.plan = folder / f"seed-{seed}.json", plan_digest()
-        self.record = {"seed": seed, "plan": self.plan, "machine": describe_machine(), "arms": {}}
-        if self.path.exists():
-            self.record = json.loads(self.path.read_text(encoding="utf-8"))
-        if self.record["plan"] != self.plan:
-            raise PlanError(f"{self.path.name} was run under another plan. Move it away, or say so")
+        self.path, plan = folder / f"seed-{seed}.json", plan_digest(PLAN)
+        new = {"seed": seed, "plan": plan, "machine": describe_machine(), "arms": {}}
+        self.record = seed_record(self.path, plan, new)
         self.lab = Lab(get_profile("smollm"), seed)
-        self.start = self.lab.load("base")
+        self.ruler = Ruler(self.lab)
+        if self.record.setdefault("prose", self.ruler.digest) != self.ruler.digest:
+            raise PlanError(f"{self.path.name} was measured on other prose than lies in its folder")
 
     def answers(self, name: str) -> list[list[Answer]]:
         """The answers of an arm that was measured before."""
@@ -183,23 +161,25 @@ class Seed:
         """The start and every arm that is missing, with its win rates against those before it."""
         judge = RuleJudge(self.lab.data.world)
         if "start" not in self.record["arms"]:
-            values, answers = measured(self.lab, self.start, self.start)
-            self.keep("start", {"measures": values}, answers)
+            self.keep("start", *self.ruler.measure())
         for name, trial in arms.items():
             if name in self.record["arms"]:
                 continue
             print(f"seed {self.record['seed']}, {name}", flush=True)
-            arm, answers = run_trial(self.lab, name, trial, self.start)
+            run, arm = run_trial(self.lab, name, trial)
+            found, answers = self.ruler.measure(run.model)
             others = [other for other in self.record["arms"] if other in ("start", *TRIALS)]
             arm["win_rate"] = {
                 other: head_to_head(judge, answers, self.answers(other)).rate for other in others
             }
+            arm |= found | {"cost": arm["cost"] | found["cost"]}
             self.keep(name, arm, answers)
+            shutil.rmtree(run.folder)  # half a gigabyte each
 
 
-def tuning_lab() -> Lab:
-    """The tuning seed, whose prompts are of the topics to learn from: no held-out topic is seen."""
-    lab = Lab(replace(get_profile("smollm"), samples=2), TUNING_SEED)
+def tuning_lab(seed: int = TUNING_SEED) -> Lab:
+    """Another seed, whose prompts are of the topics to learn from: no held-out topic is seen."""
+    lab = Lab(replace(get_profile("smollm"), samples=2), seed)
     lab.data.prompts = list(islice(lab.data.world.prompts("train", "tuning"), TUNING_PROMPTS))
     return lab
 
@@ -207,12 +187,12 @@ def tuning_lab() -> Lab:
 def tune() -> dict:
     """Five rates for each method, on one seed. The file says which one is best, and by what."""
     path, lab = real_report.FOLDER / "tuning.json", tuning_lab()
-    found = {"plan": plan_digest(), "machine": describe_machine(), "runs": {}}
+    found = {"plan": plan_digest(PLAN), "machine": describe_machine(), "runs": {}}
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-    start = lab.load("base")
+    ruler = Ruler(lab)
     if "start" not in found["runs"]:
-        found["runs"]["start"] = {"measures": measured(lab, start, start)[0]}
+        found["runs"]["start"] = ruler.measure(brief=True)[0]
         write_json(path, found)
     for stage, rates in RATES.items():
         for rate in rates:
@@ -220,8 +200,11 @@ def tune() -> dict:
                 continue
             print(f"tuning {name}", flush=True)
             trial = Trial(stage, pairs=TUNING_PAIRS, changes={"lr": rate})
-            found["runs"][name] = run_trial(lab, f"tune-{name}", trial, start)[0]
+            run, arm = run_trial(lab, f"tune-{name}", trial)
+            measured = ruler.measure(run.model, brief=True)[0]
+            found["runs"][name] = arm | measured | {"cost": arm["cost"] | measured["cost"]}
             write_json(path, found)
+            shutil.rmtree(run.folder)
     found["best"] = real_report.best_rates(found["runs"])
     write_json(path, found)
     return found
@@ -240,7 +223,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="recompute, compare, run nothing")
     given = parser.parse_args(arguments)
     if given.check:
-        return real_report.check_results()
+        return real_pages.check_results()
     try:
         if given.tune:
             print(json.dumps(tune()["best"], indent=1))
@@ -253,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (PlanError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    real_report.write_results()
+    real_pages.write_results()
     return 0
 
 

@@ -46,11 +46,12 @@ def bars(
     title: str = "",
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
+    halves: dict[str, dict[str, float]] | None = None,
 ) -> Figure | None:
     """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model.
 
-    A value {"mean", "ci95"} gets an error bar; one that a model lacks is 0. Returns: None, with a
-    line that says so, where there are no values.
+    A value {"mean", "ci95"} gets an error bar; one that a model lacks is 0. `halves`: half of each
+    value's interval, drawn on its bar. Returns: None, with a line that says so, without values.
     """
     measures = list(dict.fromkeys(name for row in values.values() for name in row))
     if not measures:
@@ -63,8 +64,11 @@ def bars(
         own = [row.get(name, 0.0) for name in measures]
         ends = [value["ci95"] if isinstance(value, dict) else (value, value) for value in own]
         heights = [value["mean"] if isinstance(value, dict) else value for value in own]
-        errors = np.abs(np.transpose(ends) - heights) if any(np.ptp(ends, axis=1)) else None
-        drawn = ax.bar(places, heights, width * 0.95, yerr=errors, color=colour, label=model)
+        spread = np.abs(np.transpose(ends) - heights)
+        spread = [halves[model][name] for name in measures] if halves else spread
+        error = {"yerr": spread, "error_kw": {"elinewidth": 1, "ecolor": "#444444"}}
+        error = error if np.any(spread) else {}
+        drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model, **error)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.margins(y=0.1)  # room for the labels
     ax.set(title=title, ylabel=ylabel, ylim=ylim)
@@ -124,14 +128,20 @@ def lines(
 
 
 def sweep_with_rates(
-    values: list[float], measures: dict[str, list], rates: list, xlabel: str, limits=None
+    values: list[float],
+    measures: dict[str, list],
+    rates: list,
+    xlabel: str,
+    limits=None,
+    against: str = "the start",
 ) -> Figure:
     """One panel per measure against a swept setting, and a last one with the win rate and its 95 %
     interval.
 
-    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed.
+    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed; `against`: whom
+        the win rates are against.
     """
-    panels = {**measures, "win rate against SFT": [rate.rate for rate in rates]}
+    panels = {**measures, f"win rate against {against}": [rate.rate for rate in rates]}
     size = (3.0 * len(panels), 3.0)
     figure, axes = subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (name, points) in zip(axes.flat, panels.items(), strict=True):
@@ -168,7 +178,7 @@ def against_win_rate(points: dict[str, dict], measures: dict[str, str], title: s
             ax.plot(point[name], point["win"].rate, "o", color=colour)
         ax.axhline(0.5, **MARK)
         ax.set(xlabel=label)
-    axes.flat[0].set_ylabel("win rate against SFT")
+    axes.flat[0].set_ylabel("win rate against the start")
     figure.suptitle(title)
     return figure
 
