@@ -54,8 +54,8 @@ real: model ## what alignment does to the real model, over five seeds (hours, re
 bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a threshold is missed (about 25 minutes)
 	@$(PY) -m benchmarks.step; step=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$step
 
-gpu: $(STAMP) ## speed and memory of every method at full size on this machine's NVIDIA GPU
-	@$(PY) -m benchmarks.gpu; gpu=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$gpu
+gpu: model ## speed and memory of every method on an NVIDIA GPU of 16 GB, and `align` there (40 minutes, resumable)
+	@$(PY) -m benchmarks.gpu --cap-gb 16; gpu=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$gpu
 
 lock: ## after a change of requirements.txt: install it, and pin all that is installed then (constraints.txt)
 	@$(MAKE) --no-print-directory -B $(STAMP) PINNED=

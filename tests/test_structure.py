@@ -60,7 +60,7 @@ ORDER = [
 ]
 APART = [("evaluation", "lab"), ("judges", "lab"), ("plots", "memory"), ("training.trainer", "lab")]
 TWICE = {"main", "response_logps"}  # of command lines; the readable and the packed path
-LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 17_700
+LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 18_200
 LOADED = {"Lab-1.7-DPO_Alignment/01": 20}  # modules of ours that a notebook loads at the most
 LOADED_BY_ANY = 42
 
@@ -403,7 +403,7 @@ BROKEN = [
     (taught_files_are_imported_by_a_notebook, "common/extra.py", "", "common.extra"),
     (taught_files_are_short_together, "common/data.py", "\n" * 3601, "3601 lines"),
     (files_are_short, "common/io/hub.py", "\n" * 331, "common/io/hub.py has 331"),
-    (all_files_are_short_together, "deploy/quantize.py", "\n" * (LINES_OF_ALL + 1), "17"),
+    (all_files_are_short_together, "deploy/quantize.py", "\n" * (LINES_OF_ALL + 1), "at most"),
     (common_imports_only_common, "common/lab.py", "import deploy.serving", "common.lab"),
     (common_imports_only_common, "common/io/a.py", "def f(): from tools import show", "tools.show"),
     (

@@ -77,8 +77,9 @@ def agreement(judges: list[Judge], questions: list[tuple[str, str, str]]) -> lis
             told += [(prompt, vote > 0) for vote in pair if vote]
         told = getattr(judge, "first_chosen", told)
         decides = (np.abs(verdict) == 1) & (longer != 0)
-        labels = verdict if yardstick is not None else np.where(clear, verdict, -9)
-        yardstick = labels if yardstick is None else yardstick
+        # Which answer of a pair stands first is arbitrary: κ counts each pair both ways.
+        labels = np.concatenate([verdict, np.where(clear, -verdict, 9)])
+        yardstick = np.where(labels == 9, -9, labels) if yardstick is None else yardstick
         rows.append(
             {
                 "judge": judge.name,
@@ -87,7 +88,7 @@ def agreement(judges: list[Judge], questions: list[tuple[str, str, str]]) -> lis
                 "ties": int((clear & stable & (pairs[:, 0] == 0)).sum()),
                 "changed": int((clear & ~stable).sum()),
                 "unreadable": int((~clear).sum()),
-                "kappa": kappa(yardstick, verdict, prompts) if rows else None,
+                "kappa": kappa(yardstick, labels, [*prompts] * 2) if rows else None,
                 "first": _by_prompt(*zip(*told, strict=True)) if told else None,
                 "longer": _by_prompt(prompts[decides], (verdict == longer)[decides]),
             }
