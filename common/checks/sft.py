@@ -15,14 +15,14 @@ from common.data import collate
 from common.logprobs import response_logps
 from common.losses import sft_loss
 
-WORDS, END = 23, 22
+_WORDS, _END = 23, 22
 
 
 def _model(dtype=torch.float64):
     """A GPT-2 whose probabilities are far from uniform, in evaluation mode."""
     sizes = {"n_positions": 32, "n_embd": 8, "n_layer": 1, "n_head": 2, "initializer_range": 0.8}
     with torch.random.fork_rng():
-        config = GPT2Config(vocab_size=WORDS, bos_token_id=END, eos_token_id=END, **sizes)
+        config = GPT2Config(vocab_size=_WORDS, bos_token_id=_END, eos_token_id=_END, **sizes)
         return GPT2LMHeadModel(config).to(dtype).eval()
 
 
@@ -32,14 +32,14 @@ def _rows() -> list[dict]:
     sizes = [(5, 2), (2, 7), (3, 4)]
     return [
         {
-            "prompt_ids": [draw.randrange(END) for _ in range(prompt)],
-            "chosen_ids": [draw.randrange(END) for _ in range(answer - 1)] + [END],
+            "prompt_ids": [draw.randrange(_END) for _ in range(prompt)],
+            "chosen_ids": [draw.randrange(_END) for _ in range(answer - 1)] + [_END],
         }
         for prompt, answer in sizes
     ]
 
 
-def _labelled(rows: list[dict], pad: int = END) -> dict[str, torch.Tensor]:
+def _labelled(rows: list[dict], pad: int = _END) -> dict[str, torch.Tensor]:
     whole = [row["prompt_ids"] + row["chosen_ids"] for row in rows]
     longest = max(map(len, whole))
     ids, mask = (torch.full((len(rows), longest), value) for value in (pad, 0))
@@ -61,7 +61,7 @@ def _token_logps(model, row: dict) -> list[float]:
 def check_sft_labels(fn):
     rows = _rows()
     before, expected = copy.deepcopy(rows), _labelled(rows)
-    found = fn(rows, END)
+    found = fn(rows, _END)
     names = {"input_ids", "attention_mask", "labels"}
     yield "it returns input_ids, attention_mask and labels", set(found) == names
     tensors = all(isinstance(value, torch.Tensor) for value in found.values())
@@ -81,7 +81,7 @@ def check_sft_labels(fn):
     other = fn(rows, 7)
     yield "another pad id changes the ids and no label", bool((other["labels"] == labels).all())
     yield "and it is used", other["input_ids"][0, -1] == 7
-    yield "a single row works", tuple(fn(rows[:1], END)["labels"].shape) == (1, 7)
+    yield "a single row works", tuple(fn(rows[:1], _END)["labels"].shape) == (1, 7)
     yield "the rows are left as they were", rows == before
 
 
@@ -120,7 +120,7 @@ def check_sft_loss(fn):
 
 def check_batched_response_logps(fn):
     model, rows = _model(), _rows()
-    batch = collate(rows, pad_id=END)
+    batch = collate(rows, pad_id=_END)
     before = {name: value.clone() for name, value in batch.items()}
     with torch.no_grad():
         found = fn(model, batch)
@@ -129,7 +129,7 @@ def check_batched_response_logps(fn):
     yield "each is the sum over the answer's tokens, EOS included", close(found, expected, 1e-9)
     for k, row in enumerate(rows):
         with torch.no_grad():
-            alone = fn(model, collate([row], pad_id=END))
+            alone = fn(model, collate([row], pad_id=_END))
         same = close(alone, expected[k : k + 1], 1e-9)
         yield f"row {k + 1} alone has the same log-probability", same
     with torch.no_grad():
@@ -182,5 +182,9 @@ def check_best_checkpoint(fn):
     yield "an equal loss is not a better one: the first stays", gives([2.0] * 3, 2, (0, 2))
     worse = gives([1.0, 2.0, 3.0, 4.0], 1, (0, 1))
     yield "where it only gets worse, the model before training is kept", worse
-    yield "a NaN is never better", gives([2.0, nan, 1.0], 0, (2, 2))
+    yield (
+        "a NaN is never better",
+        gives([2.0, nan, 1.0], 0, (2, 2)) and gives([2.0, nan], 0, (0, 1)),
+    )
     yield "not even at the start", gives([nan, 3.0, 4.0], 0, (1, 2))
+    yield "a NaN costs patience as a worse loss does", gives([2.0, nan, nan, 1.0], 2, (0, 2))
