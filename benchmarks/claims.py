@@ -129,7 +129,7 @@ def _at(read, text: str) -> str | None:
     return f"{what}: {number(found)}"
 
 
-def in_words(comparison: str) -> str:
+def told_in_words(comparison: str) -> str:
     """`kl of dpo@.3 below 10` → `KL (nats), DPO + NLL (flaw rate .3) below 10`."""
     measure, of, rest = comparison.partition(" of ")
     if of:
@@ -153,7 +153,7 @@ def _decided(results: dict, text: str) -> tuple[str, str] | None:
     if len(found) > 1:
         raise ClaimError(f"{comparison!r} stands in several families. Write FAMILY | COMPARISON.")
     finding = found[0][1]
-    return finding["verdict"], f"{in_words(comparison)}: {number(finding, sign=True)}"
+    return finding["verdict"], f"{told_in_words(comparison)}: {number(finding, sign=True)}"
 
 
 def weighed(world: str, lines: list[str], read) -> dict:

@@ -96,8 +96,8 @@ def test_each_kind_of_evidence(lines, verdict, evidence):
         ),
     ],
 )
-def test_a_comparison_is_told_in_words(comparison, words):
-    assert made.in_words(comparison) == words
+def test_a_comparison_is_told_told_in_words(comparison, words):
+    assert made.told_in_words(comparison) == words
 
 
 def test_a_comparison_that_does_not_decide_keeps_its_own_verdict():
