@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from pandas import DataFrame
 from transformers import GenerationConfig
 
 from common.data import left_padded, tokenize_prompt
 from common.evaluation import Sampling, generate
+from common.lab import not_measured
 
 
 @dataclass(frozen=True)
@@ -122,3 +124,17 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
         raise ValueError("No latency was measured.")
     p50, p95 = np.quantile(seconds, (0.5, 0.95))
     return {"p50": float(p50), "p95": float(p95), "requests": len(seconds)}
+
+
+def at_real_size(part: str, profile: str = "smollm") -> DataFrame:
+    """What notebook 1.8-04 measured where `profile` is a real model: "variants", "kv_cache" or
+    "batches". Empty, with a line that says so, where no run was recorded.
+    """
+    from common.io.evidence import evidence
+
+    report = evidence("deployment").get(profile)
+    if report is None:
+        not_measured(part, f"no run of profile {profile} was recorded on this machine")
+        return DataFrame()
+    found = DataFrame(report["variants"] if part == "variants" else report["inference"][part]).T
+    return found.drop(columns="win_rate", errors="ignore")

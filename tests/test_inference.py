@@ -1,11 +1,14 @@
 """Measuring speed: every setting does the same work, and gives the same answers."""
 
+import json
+
 import pytest
 from tiny import micro_profile
 
 from common.lab import Lab
 from common.models import new_tiny_model
 from deploy.inference import (
+    at_real_size,
     continuous_batches,
     forward_tokens,
     percentiles,
@@ -68,3 +71,13 @@ def test_percentiles():
     assert percentiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p95": pytest.approx(2.9), "requests": 3}
     with pytest.raises(ValueError):
         percentiles([])
+
+
+def test_the_figures_of_a_real_model_are_those_of_its_recorded_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("common.io.evidence.EVIDENCE", tmp_path)
+    assert at_real_size("variants").empty and "not measured: variants" in capsys.readouterr().out
+    variants = {"float32": {"weight_bytes": 8, "win_rate": {}}, "int8": {"weight_bytes": 2}}
+    report = {"variants": variants, "inference": {"kv_cache": {"8": {"with": 1.0, "without": 2.0}}}}
+    (tmp_path / "deployment.json").write_text(json.dumps({"smollm": report}))
+    assert at_real_size("variants").to_dict() == {"weight_bytes": {"float32": 8, "int8": 2}}
+    assert at_real_size("kv_cache").loc["8", "without"] == 2.0
