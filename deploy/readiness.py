@@ -89,6 +89,20 @@ def refusals(folder: Path) -> dict[str, str]:
     return found
 
 
+def unsafe_is_refused(folder: Path) -> str:
+    return f"{len(refusals(folder))} tampered copies refused"
+
+
+def same_answers(found: list[str], expected: list[str], share: float = 0.95) -> str:
+    """Raises: AssertionError where fewer than `share` agree: a large model's logits may tie, and
+    then the batch decides.
+    """
+    equal = sum(a.strip() == b.strip() for a, b in zip(found, expected, strict=True))
+    said = f"{equal} of {len(found)} answers equal the model's own greedy answers"
+    require(equal >= share * len(found), said)
+    return said
+
+
 def licence_is_known(folder: Path) -> str:
     text = (folder / "README.md").read_text(encoding="utf-8")
     require("(unknown)" not in text, "the licence of model or data was not looked up")

@@ -11,6 +11,7 @@ from deploy.inference import (
     at_real_size,
     continuous_batches,
     forward_tokens,
+    idle_share,
     percentiles,
     speed,
     static_batches,
@@ -75,9 +76,18 @@ def test_percentiles():
 
 def test_the_figures_of_a_real_model_are_those_of_its_recorded_run(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("common.io.evidence.EVIDENCE", tmp_path)
-    assert at_real_size("variants").empty and "not measured: variants" in capsys.readouterr().out
+    assert at_real_size("variants") is None and "not measured: variants" in capsys.readouterr().out
     variants = {"float32": {"weight_bytes": 8, "win_rate": {}}, "int8": {"weight_bytes": 2}}
-    report = {"variants": variants, "inference": {"kv_cache": {"8": {"with": 1.0, "without": 2.0}}}}
-    (tmp_path / "deployment.json").write_text(json.dumps({"smollm": report}))
+    inference = {"kv_cache": {"8": {"with": 1.0}}, "batches": {"4": {"latency_p50": 2.0}}}
+    report = {"smollm": {"variants": variants, "inference": inference}}
+    (tmp_path / "deployment.json").write_text(json.dumps(report))
     assert at_real_size("variants").to_dict() == {"weight_bytes": {"float32": 8, "int8": 2}}
-    assert at_real_size("kv_cache").loc["8", "without"] == 2.0
+    both = at_real_size("kv_cache", "batches")
+    assert (
+        both.loc[("kv_cache", "8"), "with"] == 1 and both.loc[("batches", "4"), "latency_p50"] == 2
+    )
+
+
+def test_idle_places_by_hand():
+    """Batches of 2: answers of 4 and 2 tokens take 8 places, then 3 alone takes 3: 9 of 11 work."""
+    assert idle_share([[1] * 4, [1] * 2, [1] * 3], 2) == pytest.approx(2 / 11)

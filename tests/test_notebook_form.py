@@ -25,7 +25,6 @@ NOT_YET = {
     "Lab-1.8-ORPO_Alignment/01-Setup.ipynb",
     "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb",
     "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
-    "Lab-1.8-ORPO_Alignment/04-Production_Deploy.ipynb",
 }
 TRAIN_EARLY = ("02-SFT", "03-DPO", "04-Evaluation", "02-ORPO", "03-Compare")
 CELLS, WORDS = 75, 1_800

@@ -21,6 +21,7 @@ from deploy.readiness import (
     readiness,
     refusals,
     require,
+    same_answers,
 )
 
 
@@ -93,6 +94,12 @@ def test_a_prompt_or_a_key_in_a_log_is_found():
     for text in ("What is the kettle for?", "Bearer secret"):
         with pytest.raises(AssertionError, match="prompts, key"):
             logs_are_private(logs(text), prompts, "secret")
+
+
+def test_answers_of_a_service_are_compared_but_for_spaces_at_the_ends():
+    assert same_answers([" a", "b"], ["a", "b "]).startswith("2 of 2")
+    with pytest.raises(AssertionError, match="1 of 2"):
+        same_answers(["a", "c"], ["a", "b"])
 
 
 def test_drift_needs_quiet_windows_and_a_change_that_is_noticed():

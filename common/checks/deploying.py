@@ -48,7 +48,13 @@ def check_round_in_blocks(fn):
 
 
 def check_cached_decode(fn):
-    settings = {"n_layer": 2, "n_embd": 32, "n_head": 2, "initializer_range": 1.0}
+    settings = {
+        "n_layer": 2,
+        "n_embd": 32,
+        "n_head": 2,
+        "initializer_range": 1.0,
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), 0),
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         model = GPT2LMHeadModel(GPT2Config(vocab_size=61, n_positions=64, **settings)).eval()
