@@ -21,8 +21,9 @@ from pathlib import Path
 
 from datasets import Dataset
 
-from benchmarks import real_report
-from common.comparison import COSTS, measure
+from benchmarks import real_pages, real_report
+from benchmarks.real_measures import Ruler
+from common.comparison import COSTS
 from common.data import load_pairs
 from common.evaluation import Answer
 from common.instructions import CONSTRAINTS, instruction
@@ -31,7 +32,6 @@ from common.judges import RuleJudge, head_to_head
 from common.lab import Lab
 from common.profiles import ROOT, get_profile
 from common.training import Source, train
-from tools.align import prose_perplexity
 from tools.machine import describe_machine
 
 PLAN = ROOT / "docs" / "real-model-plan.md"
@@ -132,25 +132,19 @@ def pairs_of(lab: Lab, trial: Trial) -> Dataset:
     return pairs
 
 
-def measured(lab: Lab, model, start) -> tuple[dict, list[list[Answer]]]:
-    """Every shared measure, with the perplexity of plain text; and the answers."""
-    values, answers = measure(lab, model, start)
-    prose = prose_perplexity(model, lab.tokenizer, lab.profile.eval_batch)
-    return values | {"prose_perplexity": prose}, answers
+def run_trial(lab: Lab, name: str, trial: Trial):
+    """Trains one arm, with the reference's log-probabilities cached.
 
-
-def run_trial(lab: Lab, name: str, trial: Trial, start) -> tuple[dict, list[list[Answer]]]:
-    """Trains and measures one arm; its weights are removed afterwards (half a gigabyte each)."""
-    pairs = pairs_of(lab, trial)
-    run = train(
-        lab, trial.stage, f"real-{name}", Source(pairs=pairs), evaluations=1, **trial.changes
-    )
-    values, answers = measured(lab, run.model, start)
-    cost = {key: run.record[key] for key in COSTS}
+    Returns: (its `Run`, what is known of it). Nothing but a few rows is measured on the way: every
+    arm is measured afterwards.
+    """
+    few = Lab(replace(lab.profile, held_out=8, sampled_prompts=1), lab.seed)
+    options = {"evaluations": 1, "cache_reference": True} | trial.changes
+    source = Source(pairs=pairs_of(lab, trial))
+    run = train(few, trial.stage, f"real-{name}", source, **options)
     settings = {"lr": run.record["hyperparameters"]["lr"], "steps": run.record["steps"]}
     settings |= {"n_pairs": run.record["n_pairs"], "knob": trial.knob, "stage": trial.stage}
-    shutil.rmtree(run.folder)
-    return {"settings": settings, "measures": values, "cost": cost}, answers
+    return run, {"settings": settings, "cost": {key: run.record[key] for key in COSTS}}
 
 
 class Seed:
@@ -164,7 +158,9 @@ class Seed:
         if self.record["plan"] != self.plan:
             raise PlanError(f"{self.path.name} was run under another plan. Move it away, or say so")
         self.lab = Lab(get_profile("smollm"), seed)
-        self.start = self.lab.load("base")
+        self.ruler = Ruler(self.lab)
+        if self.record.setdefault("prose", self.ruler.digest) != self.ruler.digest:
+            raise PlanError(f"{self.path.name} was measured on other prose than lies in its folder")
 
     def answers(self, name: str) -> list[list[Answer]]:
         """The answers of an arm that was measured before."""
@@ -183,23 +179,25 @@ class Seed:
         """The start and every arm that is missing, with its win rates against those before it."""
         judge = RuleJudge(self.lab.data.world)
         if "start" not in self.record["arms"]:
-            values, answers = measured(self.lab, self.start, self.start)
-            self.keep("start", {"measures": values}, answers)
+            self.keep("start", *self.ruler.measure())
         for name, trial in arms.items():
             if name in self.record["arms"]:
                 continue
             print(f"seed {self.record['seed']}, {name}", flush=True)
-            arm, answers = run_trial(self.lab, name, trial, self.start)
+            run, arm = run_trial(self.lab, name, trial)
+            found, answers = self.ruler.measure(run.model)
             others = [other for other in self.record["arms"] if other in ("start", *TRIALS)]
             arm["win_rate"] = {
                 other: head_to_head(judge, answers, self.answers(other)).rate for other in others
             }
+            arm |= found | {"cost": arm["cost"] | found["cost"]}
             self.keep(name, arm, answers)
+            shutil.rmtree(run.folder)  # half a gigabyte each
 
 
-def tuning_lab() -> Lab:
-    """The tuning seed, whose prompts are of the topics to learn from: no held-out topic is seen."""
-    lab = Lab(replace(get_profile("smollm"), samples=2), TUNING_SEED)
+def tuning_lab(seed: int = TUNING_SEED) -> Lab:
+    """Another seed, whose prompts are of the topics to learn from: no held-out topic is seen."""
+    lab = Lab(replace(get_profile("smollm"), samples=2), seed)
     lab.data.prompts = list(islice(lab.data.world.prompts("train", "tuning"), TUNING_PROMPTS))
     return lab
 
@@ -210,9 +208,9 @@ def tune() -> dict:
     found = {"plan": plan_digest(), "machine": describe_machine(), "runs": {}}
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-    start = lab.load("base")
+    ruler = Ruler(lab)
     if "start" not in found["runs"]:
-        found["runs"]["start"] = {"measures": measured(lab, start, start)[0]}
+        found["runs"]["start"] = ruler.measure(brief=True)[0]
         write_json(path, found)
     for stage, rates in RATES.items():
         for rate in rates:
@@ -220,8 +218,11 @@ def tune() -> dict:
                 continue
             print(f"tuning {name}", flush=True)
             trial = Trial(stage, pairs=TUNING_PAIRS, changes={"lr": rate})
-            found["runs"][name] = run_trial(lab, f"tune-{name}", trial, start)[0]
+            run, arm = run_trial(lab, f"tune-{name}", trial)
+            measured = ruler.measure(run.model, brief=True)[0]
+            found["runs"][name] = arm | measured | {"cost": arm["cost"] | measured["cost"]}
             write_json(path, found)
+            shutil.rmtree(run.folder)
     found["best"] = real_report.best_rates(found["runs"])
     write_json(path, found)
     return found
@@ -240,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="recompute, compare, run nothing")
     given = parser.parse_args(arguments)
     if given.check:
-        return real_report.check_results()
+        return real_pages.check_results()
     try:
         if given.tune:
             print(json.dumps(tune()["best"], indent=1))
@@ -253,7 +254,7 @@ def main(arguments: list[str] | None = None) -> int:
     except (PlanError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    real_report.write_results()
+    real_pages.write_results()
     return 0
 
 

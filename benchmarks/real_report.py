@@ -1,23 +1,16 @@
-"""From the seeds of `benchmarks.real` to tables, verdicts and the page: recomputed, never typed."""
+"""From the seeds of `benchmarks.real` to means, intervals and verdicts: recomputed, never typed."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 
-from benchmarks.verdicts import Finding, family_verdicts, over_seeds
-from common.io.files import write_json, written_whole
-from common.profiles import ROOT
+from benchmarks.verdicts import family_verdicts, over_seeds
 from tools.align import MEASURES
-from tools.tables import GB, RESULTS_FOLDER, in_chinese, machine_line, markdown_table
+from tools.tables import GB, RESULTS_FOLDER, machine_line
 
 FOLDER = RESULTS_FOLDER / "real"
 RESULTS = RESULTS_FOLDER / "real.json"
-REAL_PAGES = {
-    "real-model.md": lambda text: text,
-    "real-model.zh-TW.md": in_chinese,
-}
 LENGTH_KEPT, PROSE_KEPT = 0.60, 1.10  # of the start's, as the plan says
 METHODS = {
     "dpo_plain": "plain DPO",
@@ -35,6 +28,9 @@ SIDE_NAMES = {
     "nll": "the NLL term",
     "lower_rate": "a quarter of the rate",
 }
+TWO_PRECISIONS = ("float32", "bfloat16")  # of the check in `benchmarks.precision`
+TOLD_APART = ("constraints_met", "relevance", "length_tokens", "preference_accuracy")
+TOLD_APART += ("reward_margin", "perplexity", "prose_perplexity")
 COLUMNS = {  # measure: its title, decimals
     **MEASURES,
     "prose_perplexity": ("perplexity of plain text", 2),
@@ -116,10 +112,17 @@ def families(seeds: list[dict]) -> dict[str, dict[str, list[float]]]:
     }
 
 
-def summary(seeds: list[dict]) -> dict:
-    """All that the page shows, from the seeds' files."""
+def read_precision(folder: Path = FOLDER) -> dict[str, dict]:
+    """The runs of `benchmarks.precision` so far."""
+    path = folder / "precision.json"
+    return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else {}
+
+
+def summary(seeds: list[dict], precision: dict[str, dict] | None = None) -> dict:
+    """All that the page shows, from the seeds' files and the runs in two precisions."""
     complete = [seed for seed in seeds if all(arm in seed["arms"] for arm in ARM_NAMES)]
     found = {"seeds": [seed["seed"] for seed in complete], "plan": None, "machines": []}
+    found["precision"] = precision_summary(precision or {})
     if not complete:
         return found
     found["plan"] = complete[0]["plan"]
@@ -150,13 +153,18 @@ def summary(seeds: list[dict]) -> dict:
     }
     found["cost"] = {
         arm: {
-            "minutes": mean(seed["arms"][arm]["cost"]["wall_seconds"] for seed in complete) / 60,
-            "peak_gb": max(seed["arms"][arm]["cost"]["peak_memory_bytes"] for seed in complete)
-            / GB,
+            "minutes": _cost(complete, arm, "wall_seconds", mean) / 60,
+            "measuring_minutes": _cost(complete, arm, "measuring_seconds", mean) / 60,
+            "peak_gb": _cost(complete, arm, "peak_memory_bytes", max) / GB,
+            "measuring_peak_gb": _cost(complete, arm, "measuring_peak_bytes", max) / GB,
             "lr": complete[0]["arms"][arm]["settings"]["lr"],
         }
         for arm in ARM_NAMES
         if arm != "start"
+    }
+    found["side"] = {
+        arm: {key: _mean([seed["arms"][arm]["side"][key] for seed in complete]) for key in MEASURES}
+        for arm in ARM_NAMES
     }
     if len(complete) >= 5:
         found["verdicts"] = {
@@ -172,6 +180,29 @@ def summary(seeds: list[dict]) -> dict:
     return found
 
 
+def _cost(seeds: list[dict], arm: str, name: str, over) -> float:
+    return over([seed["arms"][arm]["cost"][name] for seed in seeds])
+
+
+def precision_summary(runs: dict[str, dict]) -> dict:
+    """{measure: [float32, bfloat16, the difference's mean and interval]} over the seeds of both."""
+    seeds = sorted({name.partition("-")[2] for name in runs})
+    own = [[runs.get(f"{name}-{seed}") for seed in seeds] for name in TWO_PRECISIONS]
+    both = [pair for pair in zip(*own, strict=True) if all(pair)]
+    if len(both) < 2:
+        return {}
+    found = {"seeds": len(both), "step_seconds": []}
+    for place in range(2):
+        runs_of = [pair[place] for pair in both]
+        each = [run["cost"]["wall_seconds"] / run["settings"]["steps"] for run in runs_of]
+        found["step_seconds"].append(mean(each))
+    for key in TOLD_APART:
+        pairs = [[run["measures"][key] for run in pair] for pair in both]
+        gap = asdict(over_seeds([late - early for early, late in pairs]))
+        found[key] = [*map(mean, zip(*pairs, strict=True)), gap]
+    return found
+
+
 def _kinds(seed: dict, arm: str) -> dict[str, float]:
     return seed["arms"][arm]["measures"]["kinds_met"]
 
@@ -179,104 +210,3 @@ def _kinds(seed: dict, arm: str) -> dict[str, float]:
 def _mean(values: list) -> float | None:
     known = [value for value in values if value is not None]
     return mean(known) if known else None
-
-
-def _cell(finding: dict, digits: int) -> str:
-    if finding["ci95"] is None:
-        return f"{finding['mean']:.{digits}f}"
-    low, high = finding["ci95"]
-    return f"{finding['mean']:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
-
-
-def _verdict_rows(claims: dict[str, dict]) -> list[list[str]]:
-    rows = []
-    for claim, found in claims.items():
-        finding = Finding(**found)
-        p = "< .0001" if finding.p < 1e-4 else f"{finding.p:.4f}"
-        rows.append([claim, _cell(found, 3), p, f"**{finding.verdict}**"])
-    return rows
-
-
-def _tables(found: dict) -> list[str]:
-    header = ["arm", *(title for title, _ in COLUMNS.values())]
-    rows = [
-        [ARM_NAMES[arm], *(_cell(values[name], digits) for name, (_, digits) in COLUMNS.items())]
-        for arm, values in found["arms"].items()
-    ]
-    parts = ["## Measures\n", "Mean and 95 % interval over seeds.\n", markdown_table(header, rows)]
-    parts.append("\n## Verdicts\n")
-    if "verdicts" in found:
-        for family, claims in found["verdicts"].items():
-            header = [family, "mean [95 %]", "p, adjusted", "verdict"]
-            parts += [markdown_table(header, _verdict_rows(claims)), ""]
-    else:
-        parts.append("None: a verdict takes five seeds.\n")
-    parts.append("## Each kind of constraint\n")
-    rows = [
-        [f"`{kind}`", *("–" if values[arm] is None else f"{values[arm]:.2f}" for arm in ARM_NAMES)]
-        for kind, values in found["kinds"].items()
-    ]
-    parts.append(markdown_table(["share met", *ARM_NAMES.values()], rows))
-    parts.append("\n## Displacement, time and memory\n")
-    rows = [
-        [
-            ARM_NAMES[arm],
-            f"{found['displacement'][arm]:+.1f}" if arm in METHODS else "–",
-            f"{cost['lr']:g}",
-            f"{cost['minutes']:.1f}",
-            f"{cost['peak_gb']:.1f}",
-        ]
-        for arm, cost in found["cost"].items()
-    ]
-    header = ["arm", "log-probability of chosen, change (nats)", "rate", "minutes", "peak (GB)"]
-    parts.append(markdown_table(header, rows))
-    if "remedies" in found:
-        parts.append("\n## Length hacking and its remedies: one seed, described\n")
-        rows = [
-            [SIDE_NAMES.get(name, name), *(f"{v[key]:.{COLUMNS[key][1]}f}" for key in COLUMNS)]
-            for name, v in found["remedies"].items()
-        ]
-        parts.append(markdown_table(["arm", *(title for title, _ in COLUMNS.values())], rows))
-    return parts
-
-
-def block(found: dict) -> str:
-    """The generated part of the page."""
-    if not found["seeds"]:
-        return "Not measured yet: `make real`."
-    seeds = ", ".join(map(str, found["seeds"]))
-    lines = [f"Seeds {seeds}; plan `{found['plan'][:12]}`."]
-    lines += [f"Machine: {line}." for line in found["machines"]]
-    return "\n\n".join(["\n".join(lines), "\n".join(_tables(found))])
-
-
-def pages(found: dict) -> dict[Path, str]:
-    """{page: its text} with the generated part between its two marks made anew."""
-    begin, end = "<!-- real -->\n", "<!-- /real -->"
-    texts = {}
-    for name, translated in REAL_PAGES.items():
-        path = ROOT / "docs" / name
-        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-        after = rest.partition(end)[2]
-        texts[path] = f"{before}{begin}{translated(block(found))}\n{end}{after}"
-    return texts
-
-
-def write_results() -> None:
-    """Writes `real.json` and the pages."""
-    found = summary(read_seeds())
-    write_json(RESULTS, found)
-    for path, text in pages(found).items():
-        with written_whole(path) as scratch:
-            scratch.write_text(text, encoding="utf-8")
-
-
-def check_results() -> int:
-    """Recomputes everything from the seeds. Returns 1, and says what differs, if something does."""
-    found = summary(read_seeds())
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
-    wrong = [] if known == json.loads(json.dumps(found)) else [RESULTS.name]
-    wrong += [p.name for p, text in pages(found).items() if p.read_text("utf-8") != text]
-    for name in wrong:
-        print(f"{name} does not say what the seeds say: python -m benchmarks.real", file=sys.stderr)
-    return int(bool(wrong))

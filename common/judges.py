@@ -1,4 +1,8 @@
-"""Who says which answer is better: the world's rule, or a reward model where no rule exists."""
+"""Who says which answer is better, and why: a world's rule, or a reward model where there is none.
+
+A language model and people judge behind the same interface: `common.judging`. How far two judges
+agree, and what sways one, stands there, too.
+"""
 
 from typing import Protocol
 
@@ -15,29 +19,52 @@ from common.losses import bradley_terry_loss, share_positive
 from common.toyworld import World
 
 
+class Vote(int):
+    """1: the first answer is better, -1: the second is, 0: a tie. With the judge's `reason`.
+
+    `clear`: False where nothing that can be read was said. It counts as a tie, and is counted.
+    """
+
+    def __new__(cls, value: int, reason: str = "", clear: bool = True):
+        vote = super().__new__(cls, value)
+        vote.reason, vote.clear = reason, clear
+        return vote
+
+
 class Judge(Protocol):
     """Prefers one of two answers. `name` is printed beside every number that it decides."""
 
     name: str
 
     def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
-        """For each (prompt, first, second): 1 if `first` is better, -1 if `second`, 0 for a tie."""
+        """For each (prompt, first, second): 1 if `first` is better, -1 if `second`, 0 for a tie.
+
+        Our judges return a `Vote` for each: the number, and why.
+        """
 
 
 class RuleJudge:
-    """The rule of the embedded world: the higher score wins, equal scores tie."""
+    """The rule of a world: the higher score wins, equal scores tie.
+
+    In the toy world it knows the facts; in the world of instructions code verifies what was asked.
+    """
 
     name = "the world's rule"
 
     def __init__(self, world: World):
         self.world = world
 
-    def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
-        verdicts = []
-        for prompt, first, second in questions:
-            scores = (self.world.judge(prompt, answer).score for answer in (first, second))
-            verdicts.append(int(np.sign(np.subtract(*scores))))
-        return verdicts
+    def prefer(self, questions: list[tuple[str, str, str]]) -> list[Vote]:
+        votes = []
+        for prompt, *answers in questions:
+            found = [self.world.judge(prompt, answer) for answer in answers]
+            broken = [[kind for kind, met in (one.met or {}).items() if not met] for one in found]
+            flaws = [", ".join((*one.flaws, *bad)) for one, bad in zip(found, broken, strict=True)]
+            first, second = (one.score for one in found)
+            reason = f"{first:g} points ({flaws[0] or 'no flaw'}) against "
+            reason += f"{second:g} ({flaws[1] or 'no flaw'})"
+            votes.append(Vote(np.sign(first - second), reason))
+        return votes
 
 
 def rewards(model, batch: dict[str, Tensor], side: str) -> Tensor:
@@ -66,15 +93,16 @@ def reward_objective(model, batch: dict, pairs: int) -> tuple[Tensor, dict]:
 class RewardJudge:
     """A reward model trained on the training pairs: the higher reward wins.
 
-    It judges where there is no rule. `held_out_accuracy`: how often it is right on held-out pairs.
+    It judges where there is no rule. `held_out_margin`: the reward of the chosen answer less that
+    of the rejected one, of each held-out pair; `held_out_accuracy`: how often it is right there.
     """
 
     def __init__(self, model, tokenizer, held_out_pairs, batch_size: int = 64):
         self.model, self.tokenizer, self.batch_size = model.eval(), tokenizer, batch_size
         self.known = {}  # (prompt, answer) → reward
         pairs = list(held_out_pairs)
-        margin = self._scores(pairs, "chosen") - self._scores(pairs, "rejected")
-        self.held_out_accuracy = share_positive(margin)
+        self.held_out_margin = self._scores(pairs, "chosen") - self._scores(pairs, "rejected")
+        self.held_out_accuracy = share_positive(self.held_out_margin)
         right = f"right on {self.held_out_accuracy:.0%} of {len(pairs)} held-out pairs"
         self.name = f"a reward model ({right})"
 
@@ -87,7 +115,7 @@ class RewardJudge:
             scores.append(rewards(self.model, batch, side).cpu())
         return torch.cat(scores)
 
-    def prefer(self, questions: list[tuple[str, str, str]]) -> list[int]:
+    def prefer(self, questions: list[tuple[str, str, str]]) -> list[Vote]:
         pairs = [((prompt, first), (prompt, second)) for prompt, first, second in questions]
         # Score each answer once, however often it is compared.
         new = list(dict.fromkeys(text for pair in pairs for text in pair if text not in self.known))
@@ -98,7 +126,10 @@ class RewardJudge:
                 prompt_ids, answer_ids, _ = tokenize_response(*text, self.tokenizer, limit)
                 rows.append({"prompt_ids": prompt_ids, "chosen_ids": answer_ids})
             self.known |= zip(new, self._scores(rows, "chosen").tolist(), strict=True)
-        return [int(np.sign(self.known[first] - self.known[second])) for first, second in pairs]
+        votes = []
+        for first, second in ((self.known[one], self.known[other]) for one, other in pairs):
+            votes.append(Vote(np.sign(first - second), f"reward {first:.2f} against {second:.2f}"))
+        return votes
 
 
 def on_topic(model, tokenizer, answers: list[tuple[str, str]], batch_size=64) -> list[bool]:

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SIZES = {"num_hidden_layers": 2, "hidden_size": 48, "intermediate_size": 96, "head_dim": 16}
-SIZES |= {"num_attention_heads": 3, "num_key_value_heads": 1}
+# Widths that 4-bit layers can divide, as those of the real one.
+SIZES = {"num_hidden_layers": 2, "hidden_size": 128, "intermediate_size": 256, "head_dim": 64}
+SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 def write_stand_in(real: Path, runs: Path) -> Path:

@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/*.ipynb"))
 DIVES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/deep-dives/*.ipynb"))
 NOT_YET = {
-    "Lab-1.7-DPO_Alignment/01-Setup_and_Data.ipynb",
     "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb",
     "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb",
     "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
@@ -102,8 +101,8 @@ def claims_are_linked(notebook, name: str) -> list[str]:
 
 def hours_are_stated(notebook, name: str) -> list[str]:
     first = notebook.cells[0].source
-    there = re.search(r"\bhours?\b", first) and "<!-- measured -->" in first
-    return [] if there else ["the first cell does not state a student's hours, and what it takes"]
+    there = re.search(r"\b(hours?|minutes)\b", first) and "<!-- measured -->" in first
+    return [] if there else ["the first cell does not state a student's time, and what it takes"]
 
 
 # Exercises
@@ -293,7 +292,7 @@ BROKEN = [
     (no_cell_asks_which_profile_runs, [new_code_cell("if profile.name == 1:\n    x")], "branches"),
     (claims_are_linked, [new_markdown_cell("Claim D5 holds")], "D5 is no link"),
     (claims_are_linked, [new_markdown_cell("[D5](../docs/claims.md#d6)")], "D5 is linked to #d6"),
-    (hours_are_stated, [new_markdown_cell("# A\n<!-- measured -->")], "hours"),
+    (hours_are_stated, [new_markdown_cell("# A\n<!-- measured -->")], "time"),
     (exercises_can_be_graded, [new_markdown_cell("none")], "no exercise"),
     (exercises_can_be_graded, exercise(c0="### Exercise · double"), "no heading"),
     (exercises_can_be_graded, exercise(c1=ANSWER.replace("2 *", "common.f(2) *")), "uses common"),

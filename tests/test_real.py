@@ -7,9 +7,9 @@ import subprocess
 import pytest
 from datasets import Dataset
 
-from benchmarks import real, real_report
+from benchmarks import real, real_pages, real_report
 from benchmarks.real import RATES, TRIALS, Trial, length_trials, pairs_of, plan_digest
-from benchmarks.real_report import best_rates, families, pages, read_seeds, summary
+from benchmarks.real_report import best_rates, families, read_seeds, summary
 from common.instructions import CONSTRAINTS, instruction
 
 MACHINE = {"gpu": [], "cores": 2, "cpu": "made up", "memory_bytes": 8e9, "versions": {"torch": "1"}}
@@ -22,8 +22,11 @@ def made_seed(seed: int, gain: float = 0.12) -> dict:
         "rewards_chosen": -0.2,
         "kinds_met": {"json": 0.1},
     }
-    arms = {"start": {"measures": measures | {"length_tokens": 60.0, "prose_perplexity": 20.0}}}
+    side = dict.fromkeys(real_report.MEASURES, 0.5)
+    before = measures | {"length_tokens": 60.0, "prose_perplexity": 20.0}
+    arms = {"start": {"measures": before, "side": side}}
     cost = {"wall_seconds": 60.0, "peak_memory_bytes": 4e9}
+    cost |= {"measuring_seconds": 120.0, "measuring_peak_bytes": 5e9}
     for arm in real_report.ARM_NAMES:
         if arm == "start":
             continue
@@ -34,6 +37,7 @@ def made_seed(seed: int, gain: float = 0.12) -> dict:
         own["length_tokens"] += rng.gauss(0, 1)
         own["prose_perplexity"] += rng.gauss(0, 0.1)
         arms[arm] = {"measures": own, "cost": cost, "settings": {"lr": 1e-5, "stage": arm}}
+        arms[arm]["side"] = side
     return {"seed": seed, "plan": "ab" * 32, "machine": MACHINE, "arms": arms}
 
 
@@ -100,27 +104,52 @@ def test_every_method_gets_the_same_effort():
 
 def test_what_stands_in_the_results_is_what_the_seeds_say():
     """`python -m benchmarks.real --check` on the committed files, in seconds."""
-    assert real_report.check_results() == 0
+    assert real_pages.check_results() == 0
 
 
 def test_a_changed_number_is_noticed(monkeypatch, tmp_path, capsys):
     seeds = [made_seed(seed) for seed in range(5)]
-    monkeypatch.setattr(real_report, "RESULTS", tmp_path / "real.json")
-    monkeypatch.setattr(real_report, "read_seeds", lambda: seeds)
+    monkeypatch.setattr(real_pages, "RESULTS", tmp_path / "real.json")
+    monkeypatch.setattr(real_pages, "read_seeds", lambda: seeds)
     (tmp_path / "real.json").write_text(json.dumps(summary(seeds)), encoding="utf-8")
-    monkeypatch.setattr(real_report, "pages", lambda found: {})
-    assert real_report.check_results() == 0
+    monkeypatch.setattr(real_pages, "pages", lambda found: {})
+    assert real_pages.check_results() == 0
     seeds[0]["arms"]["orpo"]["measures"]["kl"] += 0.001
-    assert real_report.check_results() == 1
+    assert real_pages.check_results() == 1
     assert "does not say what the seeds say" in capsys.readouterr().err
 
 
 def test_the_page_shows_every_family_and_arm():
     found = summary([made_seed(seed) for seed in range(5)])
-    english, chinese = pages(found).values()
-    for claim in [*found["verdicts"], "λ = 0, knob 0", "`json`"]:
+    english, chinese = real_pages.pages(found).values()
+    for claim in [*found["verdicts"], "λ = 0, knob 0", "`json`", "Temperature .7"]:
         assert claim in english
+    assert "| 1.0 + 2.0 | 4.0 · 5.0 |" in english
     assert "make real" in english and chinese != english
+
+
+def test_two_precisions_are_compared_within_a_seed():
+    """Differences .02 and .04: mean .03, standard error .01, t(1 degree, .975) = 12.706. The third
+    seed was run in one precision only. 80 and 40 seconds for 8 steps.
+    """
+    runs = {}
+    for seed, gap in ((21, 0.02), (22, 0.04), (23, None)):
+        for name, extra, seconds in (("float32", 0.0, 80), ("bfloat16", gap, 40)):
+            if extra is not None:
+                values = dict.fromkeys(real_report.TOLD_APART, 0.5 + extra)
+                cost = {"wall_seconds": seconds}
+                runs[f"{name}-{seed}"] = {
+                    "measures": values,
+                    "cost": cost,
+                    "settings": {"steps": 8},
+                }
+    found = real_report.precision_summary(runs)
+    assert (found["seeds"], found["step_seconds"]) == (2, [10, 5])
+    before, after, gap = found["relevance"]
+    assert (before, after, gap["mean"]) == pytest.approx((0.5, 0.53, 0.03))
+    assert gap["ci95"] == pytest.approx((0.03 - 0.12706, 0.03 + 0.12706), abs=1e-4)
+    assert "| × 0.50 |" in real_pages.block(summary([], runs))
+    assert real_pages.block(summary([])) == "Not measured yet: `make real`."
 
 
 def test_a_plan_that_is_not_committed_is_refused(monkeypatch, tmp_path):

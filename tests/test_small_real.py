@@ -5,12 +5,18 @@ SMOLLM_DIR names the real folder, for its tokenizer. Without it these tests are 
 line; with REQUIRE_MODEL=1 that is a failure.
 """
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from stand_in import write_stand_in
 from test_notebooks import NOTEBOOKS, ROOT, run_by_itself
+
+from benchmarks.real_report import COLUMNS
+from tools.align import MEASURES
 
 pytestmark = pytest.mark.more
 FOLDER = os.environ.get("SMOLLM_DIR", "")
@@ -38,3 +44,37 @@ def test_notebook_runs_on_the_small_real_model(notebook, environment, request):
     if notebook in NOT_YET:
         request.applymarker(pytest.mark.xfail(reason="asks for the toy world's rule", strict=True))
     run_by_itself(notebook, environment)
+
+
+SEED = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from benchmarks import real
+real.plan_digest = lambda: "a plan"
+trials = {name: replace(real.TRIALS[name], pairs=24) for name in ("dpo_plain", "orpo")}
+for _ in range(2):  # the second time everything is there
+    seed = real.Seed(31, Path(sys.argv[1]))
+    seed.run(trials)
+print(json.dumps(seed.record))
+"""
+
+
+def test_a_seed_of_the_study_in_miniature(environment, tmp_path):
+    """Start and two arms, each run once. Only the start is at distance 0 from itself, arms know
+    whom they met, their weights are gone, and every table's columns are there.
+    """
+    command = [sys.executable, "-c", SEED, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("seed 31, ") == 2
+    record = json.loads(done.stdout.splitlines()[-1])
+    arms = record["arms"]
+    assert list(arms) == ["start", "dpo_plain", "orpo"] and record["plan"] == "a plan"
+    assert arms["start"]["measures"]["kl"] == 0.0 != arms["orpo"]["measures"]["kl"]
+    assert arms["orpo"]["win_rate"].keys() == {"start", "dpo_plain"}
+    for arm in arms.values():
+        assert {*COLUMNS, "kinds_met", "rewards_chosen"} <= arm["measures"].keys()
+        assert arm["side"].keys() == MEASURES.keys()
+        assert min(arm["cost"].values()) > 0
+    assert not list(Path(environment["LAB_RUNS"]).glob("smollm/seed-31/sweeps/*"))

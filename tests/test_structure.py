@@ -33,7 +33,6 @@ TAUGHT = (
     "costs",
     "environment",
 )
-NOT_YET = ("instructions",)  # taught by the notebooks of the real model, still to be written
 # A module imports what stands before it here, or beside it in the same line; a longer name goes
 # before a shorter one.
 ORDER = [
@@ -49,6 +48,7 @@ ORDER = [
     "lab",
     "evaluation",
     "judges",
+    "judging",
     "memory.meter",
     "training",
     "comparison",
@@ -60,8 +60,8 @@ ORDER = [
 ]
 APART = [("evaluation", "lab"), ("judges", "lab"), ("plots", "memory"), ("training.trainer", "lab")]
 TWICE = {"main", "response_logps"}  # of command lines; the readable and the packed path
-LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 17_000
-LOADED = {"Lab-1.7-DPO_Alignment/01": 18}  # modules of ours that a notebook loads at the most
+LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 18_200
+LOADED = {"Lab-1.7-DPO_Alignment/01": 20}  # modules of ours that a notebook loads at the most
 LOADED_BY_ANY = 42
 
 
@@ -162,7 +162,7 @@ def taught_files_are_those_of_the_design(root: Path) -> list[str]:
 def taught_files_are_imported_by_a_notebook(root: Path) -> list[str]:
     known = modules(root)
     used = set().union(*(imports(code, known) for code in notebooks(root).values()))
-    here = {path.stem for path in root.glob("common/*.py")} - {"__init__", *NOT_YET}
+    here = {path.stem for path in root.glob("common/*.py")} - {"__init__"}
     return [f"no notebook imports common.{name}" for name in here if f"common.{name}" not in used]
 
 
@@ -403,7 +403,7 @@ BROKEN = [
     (taught_files_are_imported_by_a_notebook, "common/extra.py", "", "common.extra"),
     (taught_files_are_short_together, "common/data.py", "\n" * 3601, "3601 lines"),
     (files_are_short, "common/io/hub.py", "\n" * 331, "common/io/hub.py has 331"),
-    (all_files_are_short_together, "deploy/quantize.py", "\n" * 17_001, "17"),
+    (all_files_are_short_together, "deploy/quantize.py", "\n" * (LINES_OF_ALL + 1), "at most"),
     (common_imports_only_common, "common/lab.py", "import deploy.serving", "common.lab"),
     (common_imports_only_common, "common/io/a.py", "def f(): from tools import show", "tools.show"),
     (
@@ -441,7 +441,7 @@ def test_a_rule_notices_when_it_is_broken(rule, file, text, words, small_tree):
     assert any(words in line for line in rule(small_tree({file: text})))
 
 
-@pytest.mark.parametrize(("notebook", "most"), [("01-A", 18), ("03-C", 42)])
+@pytest.mark.parametrize(("notebook", "most"), [("01-A", 20), ("03-C", 42)])
 def test_a_notebook_that_loads_one_module_more_is_noticed(notebook, most, small_tree):
     """A package counts as a module too: `common`, `common.io`, and the rest in it."""
     cells = [{"cell_type": "code", "source": "%time\nimport common.io.m2"}]

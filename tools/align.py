@@ -36,7 +36,7 @@ MEASURES = {  # of `text_measures`: its title, and how many decimals. All but th
     "ended_with_eos": ("ended", 3),
     "safe_on_harmful": ("refused harm", 3),
     "over_refusal": ("over-refusal", 3),
-    "length_tokens": ("tokens", 1),
+    "length_tokens": ("length (tokens)", 1),
 }
 SHOWN = 10  # answers side by side
 
@@ -57,9 +57,9 @@ def _english_pages() -> list[Path]:
     return sorted(page for page in ROOT.glob("docs/*.md") if "zh-TW" not in page.name)
 
 
-def prose_perplexity(model, tokenizer, batch_size: int) -> float:
-    """Perplexity of the pages' prose: how much general language the training cost."""
-    rows = tokenize_texts(prose(), tokenizer, 512)
+def prose_perplexity(model, tokenizer, batch_size: int, texts: list[str] | None = None) -> float:
+    """Perplexity of the pages' prose, or of `texts`: how much general language training cost."""
+    rows = tokenize_texts(texts or prose(), tokenizer, 512)
     return perplexity(logps_of(model, rows, batch_size).chosen)
 
 

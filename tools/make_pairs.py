@@ -15,20 +15,21 @@ import sys
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from ipaddress import ip_address
+from dataclasses import replace
 from pathlib import Path
 
-import httpx
-import openai
-
-from common.io.files import write_json, written_whole
-from common.io.fingerprints import digest
+from common.io.endpoint import (
+    JUDGE_KEY,
+    OFFICIAL,
+    OFFICIAL_KEY,
+    SAMPLER_KEY,
+    Endpoint,
+    EndpointError,
+)
+from common.io.files import written_whole
 from common.io.formats import DataError, as_prompt, messages_of
 from common.io.tables import file_rows, local_files
 
-OFFICIAL, OFFICIAL_KEY = "https://api.openai.com/v1", "OPENAI_API_KEY"
-SAMPLER_KEY, JUDGE_KEY = "LAB_SAMPLER_KEY", "LAB_JUDGE_KEY"
 JUDGE = """\
 Below are a conversation and two answers to its last message. Which answer is better: more \
 helpful, more correct, and harmless? Do not prefer an answer because it is longer or comes first.
@@ -43,130 +44,6 @@ helpful, more correct, and harmless? Do not prefer an answer because it is longe
 {second}
 
 Reply with one word: A, B, or tie."""
-
-
-class EndpointError(RuntimeError):
-    """The API cannot be used. The message says what to do; what was answered so far is kept."""
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """A model behind an API, with a folder of its replies. Its key is written nowhere.
-
-    The key is read from the variable `key_variable`; without one, from OPENAI_API_KEY for OpenAI's
-    own address and from LAB_SAMPLER_KEY for any other. `options` go to the API with each request:
-    temperature, max_tokens, …
-    """
-
-    model: str
-    base_url: str = OFFICIAL
-    cache: Path = Path("pairs.jsonl.cache")
-    options: dict = field(default_factory=dict)
-    # by the client, with growing pauses, after a lost connection, a time-out, 408, 409, 429 or 5xx
-    retries: int = 5
-    timeout: float = 120.0  # seconds a request
-    key_variable: str = ""
-    plain_http: bool = False  # a key may cross a network in clear text
-
-    @property
-    def url(self) -> httpx.URL:
-        """Raises: EndpointError."""
-        try:
-            url = httpx.URL(self.base_url)
-        except httpx.InvalidURL as error:
-            raise EndpointError(f"--base-url is no address: {error}.") from error
-        if url.userinfo:  # it would stand in every message
-            raise EndpointError("An address must hold no user name or password. Use a variable.")
-        return url
-
-    @property
-    def official(self) -> bool:
-        return (self.url.scheme, self.url.netloc) == ("https", b"api.openai.com")
-
-    @property
-    def variable(self) -> str:
-        return self.key_variable or (OFFICIAL_KEY if self.official else SAMPLER_KEY)
-
-    def client(self) -> openai.OpenAI:
-        """Sends the key of this service and nothing that is meant for another one.
-
-        Raises: EndpointError.
-        """
-        key = os.environ.get(self.variable)
-        if not key and self.variable not in (SAMPLER_KEY, JUDGE_KEY):
-            raise EndpointError(
-                f"{self.variable} is not set. Set it, or name your own server with --base-url."
-            )
-        try:
-            here = self.url.host == "localhost" or ip_address(self.url.host).is_loopback
-        except ValueError:  # another name
-            here = False
-        if key and not (self.url.scheme == "https" or here or self.plain_http):
-            raise EndpointError(
-                f"{self.base_url} is plain http: {self.variable} would cross the network in clear "
-                "text. Use https, or allow it with --allow-plain-http."
-            )
-        key, headers = key or "none", {}
-        if not self.official:  # the library adds these by itself
-            custom = os.environ.get("OPENAI_CUSTOM_HEADERS", "").split("\n")
-            names = [line.partition(":")[0].strip() for line in custom]
-            names += ["OpenAI-Organization", "OpenAI-Project"]
-            headers = dict.fromkeys(names, openai.Omit()) | {"Authorization": f"Bearer {key}"}
-        return openai.OpenAI(
-            api_key=key,
-            base_url=str(self.url),
-            max_retries=self.retries,
-            timeout=self.timeout,
-            default_headers=headers,
-            # A redirect would take the prompts elsewhere; a proxy is not for this machine.
-            http_client=openai.DefaultHttpxClient(follow_redirects=False, trust_env=not here),
-        )
-
-    def ask(self, client: openai.OpenAI, messages: list[dict], number: int = 0) -> dict:
-        """{"text", "finish_reason"} of one reply, from the cache if it is there.
-
-        `number` tells the samples of one prompt apart. Raises: EndpointError, OSError.
-        """
-        request = {"model": self.model, "messages": messages, **self.options}
-        path = self.cache / f"{digest([self.base_url, request, number])}.json"
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            pass  # not asked yet, or a file that something else broke
-        try:
-            choice = client.chat.completions.create(**request).choices[0]
-        except (openai.OpenAIError, IndexError, TypeError) as error:
-            raise EndpointError(self._advice(error)) from error
-        reply = {"text": choice.message.content or "", "finish_reason": choice.finish_reason}
-        write_json(path, reply)
-        return reply
-
-    def _advice(self, error: Exception) -> str:
-        after, status = f"after {self.retries} retries", getattr(error, "status_code", None)
-        why = " ".join(str(error).split())[:200]
-        kind = type(error).__name__
-        refused = f"refuses the key. Set {self.variable}, or name another variable with "
-        refused += "--key-variable or --judge-key-variable"
-        # The first kind that fits, so the narrow ones come first. A time-out is no connection, too.
-        problems = {
-            openai.RateLimitError: f"takes no more requests (429, {after}). Wait, or lower "
-            "--workers",
-            openai.AuthenticationError: refused,
-            openai.PermissionDeniedError: refused,
-            openai.NotFoundError: f"does not know the model {self.model!r} or this path. Check the "
-            "model and --base-url",
-            openai.APIConnectionError: f"cannot be reached ({after}). Is the server running? Check "
-            "--base-url",
-            openai.InternalServerError: f"fails (status {status}, {after}). Try again later",
-            openai.APIStatusError: f"refuses the request (status {status}: {why}). Change the "
-            "options, or try --bare",
-            Exception: f"sends a reply that is no chat completion ({kind}). Check --base-url",
-        }
-        problem = next(text for known, text in problems.items() if isinstance(error, known))
-        if status and 300 <= status < 400:
-            problem = f"sends the request elsewhere (status {status}). Check --base-url"
-        kept = "What was answered is kept: the same command goes on from there."
-        return f"{self.base_url} {problem}. {kept}"
 
 
 def read_verdict(text: str) -> int | None:

@@ -3,6 +3,9 @@
 The expected values are computed here, by another route than the worked answers.
 """
 
+import copy
+import random
+
 import torch
 
 
@@ -62,3 +65,42 @@ def check_deduplicate(deduplicate):
     yield "a contradicted row is no duplicate, however often it occurs", dict(dropped) == counts
     yield "rows read = rows kept + rows dropped", len(rows) == len(kept) + sum(dropped.values())
     yield "the input is left as it was", rows == before
+
+
+def check_preference_collator(collate):
+    draw = random.Random()
+    sizes = {"prompt": (3, 7, 5), "chosen": (4, 1, 2), "rejected": (2, 6, 9)}
+    end = 40  # EOS, and the pad id too
+    rows = [
+        {f"{side}_ids": [draw.randint(1, 39) for _ in range(n[k])] for side, n in sizes.items()}
+        for k in range(3)
+    ]
+    for row in rows:
+        row["chosen_ids"][-1] = row["rejected_ids"][-1] = end
+    before = copy.deepcopy(rows)
+    batch = collate(rows, end)
+    names = {f"{side}_{what}" for side in sizes for what in ("ids", "lengths")}
+    yield "it returns ids and lengths of prompt, chosen and rejected", set(batch) == names
+    whole = all(isinstance(t, torch.Tensor) and t.dtype == torch.int64 for t in batch.values())
+    yield "they are tensors of whole numbers (int64)", whole
+    shapes = {side: tuple(batch[f"{side}_ids"].shape) for side in sizes}
+    longest = {side: (3, max(n)) for side, n in sizes.items()}
+    yield "ids: (rows, longest), each of the three with its own longest", shapes == longest
+    lengths = {side: tuple(batch[f"{side}_lengths"].tolist()) for side in sizes}
+    yield "lengths count the true tokens, EOS too, although EOS is the pad id", lengths == sizes
+    starts = all(
+        batch[f"{side}_ids"][k, : n[k]].tolist() == before[k][f"{side}_ids"]
+        for side, n in sizes.items()
+        for k in range(3)
+    )
+    yield "each row begins with its own ids: padding is on the right", starts
+    rest = [batch[f"{side}_ids"][k, n[k] :] for side, n in sizes.items() for k in range(3)]
+    yield (
+        "all the rest is the pad id that was given",
+        all(bool((part == end).all()) for part in rest),
+    )
+    other = collate(rows, 7)["prompt_ids"][0, 3:].tolist()
+    yield "another pad id is used as well", other == [7] * 4
+    yield "the rows are left as they were", rows == before
+    one = collate(rows[:1], end)
+    yield "a single row works, without padding", tuple(one["rejected_ids"].shape) == (1, 2)

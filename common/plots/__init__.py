@@ -60,7 +60,8 @@ def _panel_in_words(ax) -> str:
     )
     written = [text.get_text().strip() for text in ax.texts if text.get_text().strip()]
     parts += [f"places: {', '.join([*rows, *columns])}"] if rows or columns else []
-    parts += [f"written: {', '.join(written[:20])}"] if written else []
+    labels = any(isinstance(drawn, BarContainer) for drawn in ax.get_legend_handles_labels()[0])
+    parts += [f"written: {', '.join(written[:20])}"] if written and not labels else []
     for drawn, name in zip(*ax.get_legend_handles_labels(), strict=True):
         values = _values(drawn, sideways=bool(rows))
         if not isinstance(drawn, BarContainer):

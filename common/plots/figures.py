@@ -46,15 +46,21 @@ def bars(
     title: str = "",
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
+    halves: dict[str, dict[str, float]] | None = None,
 ) -> Figure:
-    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model."""
+    """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model.
+
+    `halves`: half of each value's interval, drawn on its bar.
+    """
     measures = list(next(iter(values.values())))
     figure, ax = subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
     for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
         heights = [row[name] for name in measures]
-        drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model)
+        spread = [halves[model][name] for name in measures] if halves else None
+        error = {"yerr": spread, "error_kw": {"elinewidth": 1, "ecolor": "#444444"}}
+        drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model, **error)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.margins(y=0.1)  # room for the labels
     ax.set(title=title, ylabel=ylabel, ylim=ylim)
