@@ -13,7 +13,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock model align labs test test-more notebooks quality real bench gpu clean
+.PHONY: help env lock model align labs test test-more notebooks quality study real bench gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -46,6 +46,9 @@ quality: $(STAMP) ## train with three fresh seeds: the quality table and its thr
 	@$(PY) -m benchmarks.quality
 	@$(PY) -m tools.readme_table
 
+study: $(STAMP) ## which method wins, and against what: fourteen arms over fresh seeds (hours, resumable): docs/study.md
+	@env -u LAB_MODEL -u LAB_DATA OMP_NUM_THREADS=1 $(PY) -m benchmarks.study
+
 real: model ## what alignment does to the real model, over five seeds (hours, resumable): docs/real-model.md
 	@$(PY) -m benchmarks.real --tune
 	@$(PY) -m benchmarks.real
@@ -54,8 +57,8 @@ real: model ## what alignment does to the real model, over five seeds (hours, re
 bench: $(STAMP) ## the training step against TRL's: tables, and a failure if a threshold is missed (about 25 minutes)
 	@$(PY) -m benchmarks.step; step=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$step
 
-gpu: $(STAMP) ## speed and memory of every method at full size on this machine's NVIDIA GPU
-	@$(PY) -m benchmarks.gpu; gpu=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$gpu
+gpu: model ## speed and memory of every method on an NVIDIA GPU of 16 GB, and `align` there (40 minutes, resumable)
+	@$(PY) -m benchmarks.gpu --cap-gb 16; gpu=$$?; $(PY) -m tools.readme_table > /dev/null && exit $$gpu
 
 lock: ## after a change of requirements.txt: install it, and pin all that is installed then (constraints.txt)
 	@$(MAKE) --no-print-directory -B $(STAMP) PINNED=

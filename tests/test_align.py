@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tools.align import MEASURES, change, prose, report
+from tools.tables import align_table, in_chinese
 
 
 def test_a_change_is_paired_over_the_prompts_where_both_are_known():
@@ -31,3 +32,15 @@ def test_the_plain_text_is_english_prose_and_enough_of_it():
     assert sum(len(text.split()) for text in found) > 3800
     assert not [text for text in found if text.startswith(("|", "#", "<"))]
     assert not [text for text in found if "](" in text or "的" in text]
+
+
+def test_the_pages_table_says_what_it_took_or_that_nothing_was_measured():
+    """90 s of 2.5 minutes; 4.8e9 bytes."""
+    machine = {"gpu": [], "cpu": "made up", "cores": 2, "memory_bytes": 8e9, "versions": {}}
+    took = {"machine": machine, "precision": "bfloat16", "minutes": 2.5, "training_minutes": 1.5}
+    took |= {"peak_memory_bytes": 4.8e9, "seed": 0, "pairs": 512, "steps": 32, "prompts": 128}
+    text = align_table(took | {"samples": 4, "table": "| a |"})
+    assert "Pairs: 512, steps: 32, seed 0." in text and text.endswith("\n\n| a |\n")
+    assert "Minutes: 2.5, of training 1.5 (bfloat16). Peak memory: 4.8 GB." in text
+    assert "資料對：512，步：32，種子 0。" in in_chinese(text)
+    assert "not measured" in align_table(None)

@@ -68,8 +68,10 @@ def test_an_unknown_exercise_is_refused_with_those_that_exist(doubling):
 
 @pytest.mark.parametrize(("module", "notebook"), MODULES.items())
 def test_every_exercise_of_a_notebook_has_a_check_and_no_check_is_left_over(module, notebook):
-    """A notebook calls `check("name", name)`; its checks are in a module of their own."""
-    cells = (ROOT / notebook).read_text(encoding="utf-8")
+    """A notebook and its deep dives call `check("name", name)`; its checks are in one module."""
+    main = ROOT / notebook
+    dives = main.parent.glob(f"deep-dives/{main.name[:3]}*.ipynb")
+    cells = "".join(path.read_text(encoding="utf-8") for path in (main, *dives))
     called = set(re.findall(r'\bcheck\(\\"(\w+)', cells))
     here = vars(import_module(f"common.checks.{module}"))
     assert called and called == {name[6:] for name in here if name.startswith("check_")}

@@ -148,9 +148,11 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu, "GPU_RESULTS", tmp_path / "gpu.json")
     monkeypatch.setattr(gpu, "GPU_DONE", tmp_path / "parts")
     monkeypatch.setattr(
-        gpu, "json_of_process", lambda module, task, environment: made_up | {"path": task["path"]}
+        gpu, "json_of_process", lambda module, task, **_: made_up | {"path": task["path"]}
     )
     monkeypatch.setattr(gpu, "predicted_bytes", lambda *_: int(11e9))
+    monkeypatch.setattr(gpu, "measure_align", lambda *_: {"report": "# it\n\n| met | 0.3 |\nA"})
+    monkeypatch.setattr(gpu.environment, "all_lines", lambda: [("NOTE", "made up")])
     return made_up
 
 
@@ -168,7 +170,8 @@ def test_the_results_are_kept_and_the_table_is_made_from_them(machine, monkeypat
     }
     assert "| `gpt2` | DPO | 10.50 · 10.50 · 10.50 | 11.00 | 2000 · 2000 · 2000 | 5.0 |" in text
     assert "| gpt2, dpo: prediction off by | 0.0476 | ≤ 0.15 | met |" in text and "160,800" in text
-    assert len(kept["thresholds"]) == 12 and not any(gpu.GPU_DONE.iterdir())
+    assert len(kept["thresholds"]) == 12 and len(kept["part_seconds"]) == 37
+    assert "`make align`, 0.0 minutes:\n\n| met | 0.3 |\n\n" in text
 
 
 def test_a_trial_on_a_cpu_prints_its_table_and_keeps_nothing(machine, capsys):
@@ -211,13 +214,13 @@ def test_without_a_prediction_its_threshold_is_missed(machine, monkeypatch, caps
     )
 
 
-def test_a_stopped_run_goes_on_and_failed_parts_are_tried_again(machine, monkeypatch):
-    """The 5th part stops the run; the third failed. With --resume 3 of the parts are read: all
-    others are measured.
+def test_a_stopped_run_goes_on_and_failed_parts_are_tried_again(machine, monkeypatch, capsys):
+    """The 5th part stops the run; the third failed. The same command reads 3 of the parts and
+    measures all others. A third time it measures nothing: all parts are there.
     """
     asked = []
 
-    def stops(module, task, environment):
+    def stops(module, task, **_):
         asked.append((task["profile"], task["method"], task["path"]))
         if len(asked) == 5:
             raise KeyboardInterrupt
@@ -229,14 +232,69 @@ def test_a_stopped_run_goes_on_and_failed_parts_are_tried_again(machine, monkeyp
     with pytest.raises(KeyboardInterrupt):
         gpu.main([])
     before = asked.copy()
-    assert gpu.main(["--resume"]) == 0
+    assert gpu.main([]) == 0
     assert before[2:3] + before[4:] == asked[5:7] and not set(before[:2] + before[3:4]) & set(
         asked[5:]
     )
+    everything = len(asked)
+    assert gpu.main([]) == 0 and len(asked) == everything
+    assert "0 parts to run" in capsys.readouterr().out
+    assert gpu.main(["--again"]) == 0 and len(asked) == everything + 36
+
+
+def test_parts_of_another_commit_are_measured_again(machine, monkeypatch):
+    asked = []
+
+    def counted(module, task, **_):
+        asked.append(task["path"])
+        return machine | {"path": task["path"]}
+
+    monkeypatch.setattr(gpu, "json_of_process", counted)
+    gpu.main([])
+    monkeypatch.setattr(gpu, "source_digest", lambda: "another one")
+    gpu.main([])
+    assert len(asked) == 2 * 36
+
+
+def test_the_most_telling_parts_come_first_and_none_is_forgotten():
+    """`make align`, then the 12 of the course's own paths, GPT-2 and the 7B model first."""
+    parts = gpu.planned()
+    assert parts[0] == ("align",) and len(set(parts)) == len(parts) == 37
+    own = [path == PROFILES[name].recipes[method].path for name, method, path in parts[1:]]
+    assert own == [True] * 12 + [False] * 24
+    assert [name for name, *_ in parts[1:7]] == ["gpt2"] * 3 + ["qlora-7b"] * 3
+    assert sorted(gpu.ORDER) == sorted(
+        name for name, profile in PROFILES.items() if not is_tiny(profile)
+    )
+
+
+def test_when_the_time_is_up_the_rest_is_not_measured_and_can_follow(machine, monkeypatch, capsys):
+    """A minute in which every look at the clock takes ten seconds."""
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr(gpu.time, "perf_counter", lambda: next(clock))
+    assert gpu.main(["--minutes", "1"]) == 1
+    kept = json.loads(gpu.GPU_RESULTS.read_text(encoding="utf-8"))
+    done = len(kept["part_seconds"])
+    assert 1 <= done < 10
+    out = capsys.readouterr().out
+    assert f"{37 - done} parts were not measured" in out and "· not measured |" in out
+    monkeypatch.undo()
+
+
+def test_a_part_that_takes_longer_than_the_time_left_is_ended():
+    """A real process: Python alone takes longer than that to start."""
+    task = TASK | {"profile": "gpt2", "method": "sft", "path": "packed"}
+    found = gpu.measure_task(task, seconds=0.01)
+    assert found == {"not_run": "stopped after 0 minutes, when the time was up"}
+
+
+def test_without_the_model_align_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    assert gpu.measure_align(quick=True) == {"failed": "the model is not here: make model"}
 
 
 def test_a_path_that_stepped_aside_and_a_part_that_failed_are_named(machine, monkeypatch, capsys):
-    def found(module, task, environment):
+    def found(module, task, **_):
         if task["path"] == "trl":
             raise RuntimeError("TypeError: no")
         return machine | {"path": "simple"}

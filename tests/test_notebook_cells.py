@@ -37,13 +37,15 @@ def test_dpo_by_hand_counts_tied_logits_once_each():
     """Position 0 has logits 1, 1, 0: log p(0) = 1 - ln(2e + 1). Position 1 has 2, 0, 2:
     log p(2) = 2 - ln(2e² + 1). A set of the logits would count e and e² once.
     """
-    logp_by_hand = function_of("Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb", "logp_by_hand")
+    notebook = "Lab-1.7-DPO_Alignment/deep-dives/03-Loss_and_Parity.ipynb"
+    logp_by_hand = function_of(notebook, "logp_by_hand")
     row = {"prompt_ids": [1], "chosen_ids": [0, 2]}
     expected = 1 - math.log(2 * math.e + 1) + 2 - math.log(2 * math.exp(2) + 1)
     assert logp_by_hand(TiedModel(), row, "chosen") == pytest.approx(expected, rel=1e-12)
 
 
 def test_orpo_by_hand_counts_tied_logits_once_each():
-    logps_by_hand = function_of("Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb", "logps_by_hand")
+    dive = "Lab-1.8-ORPO_Alignment/deep-dives/02-Parity.ipynb"
+    logps_by_hand = function_of(dive, "logps_by_hand")
     expected = [1 - math.log(2 * math.e + 1), 2 - math.log(2 * math.exp(2) + 1)]
     assert logps_by_hand(TiedModel(), [1, 0, 2]) == pytest.approx(expected, rel=1e-12)

@@ -19,10 +19,7 @@ MAIN = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/*.i
 DIVES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/deep-dives/*.ipynb"))
 NOT_YET = {
     "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb",
-    "Lab-1.7-DPO_Alignment/03-DPO_Training.ipynb",
     "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
-    "Lab-1.8-ORPO_Alignment/01-Setup.ipynb",
-    "Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb",
     "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
 }
 TRAIN_EARLY = ("02-SFT", "03-DPO", "04-Evaluation", "02-ORPO", "03-Compare")

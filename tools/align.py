@@ -19,14 +19,16 @@ from scipy import stats
 from common.comparison import topical_answers
 from common.data import DataError, tokenize_texts
 from common.evaluation import Answer, Sampling, generate, logps_of, perplexity, text_measures
-from common.io.files import written_whole
+from common.io.files import write_json, written_whole
 from common.io.formats import messages_of
 from common.lab import Lab, MissingRun
+from common.memory.meter import PeakMemory
 from common.models import ModelError
-from common.profiles import ROOT, get_profile
+from common.profiles import ROOT, device_and_precision, get_profile
 from common.training import train
 from common.training.trainer import TrainingError
-from tools.tables import markdown_table
+from tools.machine import describe_machine
+from tools.tables import RESULTS_FOLDER, align_line, markdown_table
 
 STAGE = "dpo"  # with the NLL term: the one that the labs end with
 MEASURES = {  # of `text_measures`: its title, and how many decimals. All but the last are shares.
@@ -111,32 +113,41 @@ def side_by_side(before: list[list[Answer]], after: list[list[Answer]]) -> str:
     return "\n".join(parts)
 
 
-def align(lab: Lab) -> str:
-    """Measures, trains, measures again. Returns the report as Markdown."""
+def align(lab: Lab) -> tuple[str, dict]:
+    """Measures, trains, measures again. Returns the report as Markdown, and what it took."""
     began = monotonic()
     print(f"1 of 3: {len(lab.prompts)} held-out prompts, before training")
     start = lab.load("base")
-    old = answered(lab, start)
-    before, prose_before = points_of(lab, old, start), _prose(lab, start)
+    with PeakMemory() as first:
+        old = answered(lab, start)
+        before, prose_before = points_of(lab, old, start), _prose(lab, start)
     print(f"2 of 3: {STAGE}, {len(lab.train_pairs)} pairs")
     run = train(lab, STAGE)
     print("3 of 3: the same prompts, after training")
-    new = answered(lab, run.model)
-    after, prose_after = points_of(lab, new, start), _prose(lab, run.model)
-    minutes, memory = (monotonic() - began) / 60, run.record["peak_memory_bytes"] / 1e9
-    return "\n".join(
-        [
-            f"# {lab.profile.model}, before and after {STAGE}\n",
-            f"{run.record['n_pairs']} pairs, {run.record['steps']} steps, seed {lab.seed}, "
-            f"{len(lab.prompts)} held-out prompts × {lab.profile.samples} answers; "
-            f"{minutes:.1f} minutes here, of which training took "
-            f"{run.record['wall_seconds'] / 60:.1f}; peak memory {memory:.1f} GB.\n",
-            report(before, after, prose_before, prose_after),
-            "\nOne seed: what holds over seeds stands in docs/real-model.md.\n",
-            "## Answers side by side\n",
-            side_by_side(old, new),
-        ]
-    )
+    with PeakMemory() as last:
+        new = answered(lab, run.model)
+        after, prose_after = points_of(lab, new, start), _prose(lab, run.model)
+    took = {
+        "machine": describe_machine(),
+        "precision": device_and_precision(lab.profile)[1],
+        "minutes": (monotonic() - began) / 60,
+        "training_minutes": run.record["wall_seconds"] / 60,
+        "peak_memory_bytes": max(first.peak, run.record["peak_memory_bytes"], last.peak),
+        "seed": lab.seed,
+        "pairs": run.record["n_pairs"],
+        "steps": run.record["steps"],
+        "prompts": len(lab.prompts),
+        "samples": lab.profile.samples,
+        "table": report(before, after, prose_before, prose_after),
+    }
+    text = [
+        f"# {lab.profile.model}, before and after {STAGE}\n",
+        f"{align_line(took)}\n\n{took['table']}",
+        "\nOne seed: what holds over seeds stands in docs/real-model.md.\n",
+        "## Answers side by side\n",
+        side_by_side(old, new),
+    ]
+    return "\n".join(text), took
 
 
 def _prose(lab: Lab, model) -> float:
@@ -149,18 +160,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--pairs", type=int, help="fewer training pairs than the profile's")
     parser.add_argument("--prompts", type=int, help="fewer held-out prompts than the profile's")
+    parser.add_argument("--record", action="store_true", help="keep the table for the README")
     given = parser.parse_args(arguments)
     profile = get_profile("smollm")
     pairs, prompts = given.pairs or profile.pairs, given.prompts or profile.held_out
     lab = Lab(replace(profile, pairs=pairs, held_out=prompts), given.seed)
     try:
-        text = align(lab)
+        text, took = align(lab)
     except (DataError, MissingRun, ModelError, TrainingError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     path = lab.folder / "align.md"
     with written_whole(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
+    if given.record:
+        write_json(RESULTS_FOLDER / "align.json", took)
     print(text)
     folder = json.dumps(str(lab.path(STAGE)))
     print(f"\nwritten to {path}. Chat with it:")

@@ -123,6 +123,8 @@ def step_summary(results: dict | None, link: str) -> str:
 
 def _gpu_cell(part: dict, value) -> str:
     """`value(part)` where a path was measured, else why there is nothing to show."""
+    if "not_run" in part:
+        return NOT_MEASURED
     if "failed" in part:
         return "failed"
     return "does not fit" if part["out_of_memory"] else value(part)
@@ -150,7 +152,9 @@ def _failures(results: dict) -> list[str]:
         for method, each in profile["methods"].items():
             for path, part in each["paths"].items():
                 taken = part.get("path", path)
-                if "failed" in part:
+                if "not_run" in part:
+                    continue
+                elif "failed" in part:
                     why = part["failed"]
                 elif part["out_of_memory"]:
                     why = f"out of memory: {part['out_of_memory']}"
@@ -183,9 +187,19 @@ def gpu_markdown(results: dict | None) -> str:
             f"Pairs: {pairs}.",
             *_failures(results),
         ]
+        blocks += _align_table(results)
         if results["thresholds"]:
             blocks.append(thresholds_table(results["thresholds"]))
     return "\n\n".join(blocks) + "\n"
+
+
+def _align_table(results: dict) -> list[str]:
+    """What `make align` found on the same machine: its table, without the answers."""
+    found = results.get("align", {})
+    if "report" not in found:
+        return []
+    lines = [line for line in found["report"].splitlines() if line.startswith("|")]
+    return [f"`make align`, {found['wall_seconds'] / 60:.1f} minutes:", "\n".join(lines)]
 
 
 def main() -> int:

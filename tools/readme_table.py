@@ -2,9 +2,9 @@
 
 A table stands between comments such as `<!-- quality -->` and `<!-- /quality -->`, in any README or
 page of `docs/`; nobody types it. What it shows is in benchmarks/results: notebooks.json and
-comparison.json (`make notebooks`), quality.json (`make quality`), step.json (`make bench`) and
-gpu.json (`make gpu`), claims.json (`python -m benchmarks.claims`). The recipes are those of
-`common.profiles`.
+comparison.json (`make notebooks`), quality.json (`make quality`), step.json (`make bench`),
+align.json (`make align`), gpu.json (`make gpu`), claims.json (`python -m benchmarks.claims`). The
+recipes are those of `common.profiles`.
 """
 
 import os
@@ -18,7 +18,7 @@ from common.profiles import PROFILES, ROOT
 from tools.bench_table import gpu_markdown, step_summary
 from tools.claims_table import claims_page, lab_table
 from tools.results_table import comparison_markdown, quality_markdown
-from tools.tables import in_chinese, machine_line, markdown_table, read_results
+from tools.tables import align_table, in_chinese, machine_line, markdown_table, read_results
 
 DEEP_DIVES = "deep-dives"  # the folder of a lab with the notebooks that only some readers need
 PAGES = ("README*.md", "docs/*.md", "Lab-*/README*.md")
@@ -28,6 +28,7 @@ BLOCKS = {
     "quality": lambda link: quality_markdown(read_results("quality")),
     "comparison": lambda link: comparison_markdown(read_results("comparison")),
     "step": lambda link: step_summary(read_results("step"), link("benchmarks/results/step.md")),
+    "align": lambda link: align_table(read_results("align")),
     "gpu": lambda link: gpu_markdown(read_results("gpu")),
     "recipes": lambda link: recipes_table(),
     "claims": claims_page,

@@ -47,6 +47,24 @@ def machine_line(machine: dict) -> str:
     return f"{hardware}, {machine['memory_bytes'] / GB:.0f} GB of memory; {versions}"
 
 
+def align_line(took: dict) -> str:
+    """What `make align` did, and what it took."""
+    return (
+        f"Pairs: {took['pairs']}, steps: {took['steps']}, seed {took['seed']}. Held-out prompts: "
+        f"{took['prompts']}, answers to each: {took['samples']}, at temperature 1. Minutes: "
+        f"{took['minutes']:.1f}, of training {took['training_minutes']:.1f} "
+        f"({took['precision']}). Peak memory: {took['peak_memory_bytes'] / GB:.1f} GB. "
+        f"Machine: {machine_line(took['machine'])}."
+    )
+
+
+def align_table(took: dict | None) -> str:
+    """The table of `make align`, as `python -m tools.align --record` kept it."""
+    if took is None:
+        return "Time, memory and change: not measured.\n"
+    return f"{align_line(took)}\n\n{took['table']}\n"
+
+
 def in_chinese(text: str) -> str:
     """A generated block with its words in Chinese: names, code and addresses stay as they are."""
     parts = _FIXED.split(text)

@@ -151,11 +151,14 @@ def json_of_process(
     arguments: list[str] = (),
     environment: dict[str, str] | None = None,
     what: str = "",
+    timeout: float | None = None,
 ) -> dict:
     """What `python -m module` prints as its last line, as JSON, in a process of its own.
 
-    Args: `task`: given to it on stdin, as JSON; `environment`: variables added to this process's.
+    Args: `task`: given to it on stdin, as JSON; `environment`: variables added to this process's;
+        `timeout`: seconds after which it is ended.
     Raises: RuntimeError with its last words if it fails: for want of memory there may be none.
+        subprocess.TimeoutExpired.
     """
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
@@ -164,6 +167,7 @@ def json_of_process(
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, **(environment or {})},
+        timeout=timeout,
     )
     if done.returncode:
         words = done.stderr.strip().splitlines() or ["it said nothing: perhaps memory ran out"]
