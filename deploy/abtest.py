@@ -148,7 +148,7 @@ def signals(
     texts = [(dialogue(row["messages"]), " " + row["answer"].strip()) for row in rows]
     ids = [tokenize_response(prompt, answer, tokenizer, limit)[:2] for prompt, answer in texts]
     scored = [{"prompt_ids": prompt, "chosen_ids": answer} for prompt, answer in ids]
-    logps = logps_of(reference, scored).chosen.means
+    logps = logps_of(reference, scored, batch_size=16).chosen.means
     found = []
     for row, text, (_, answer), logp in zip(rows, texts, ids, logps, strict=True):
         signal = {"length_tokens": float(len(answer)), "surprise": -float(logp)}
