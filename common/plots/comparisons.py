@@ -110,10 +110,8 @@ def measure_panels(
         known = [place for place, stage in enumerate(names) if models[stage].get(key) is not None]
         own = [models[list(names)[place]] for place in known]
         values, spread = [model[key] for model in own], [model["std"][key] or 0.0 for model in own]
-        errors, colours = (
-            spread if any(spread) else None,
-            [PALETTE[place % len(PALETTE)] for place in known],
-        )
+        errors = spread if any(spread) else None
+        colours = [PALETTE[place % len(PALETTE)] for place in known]
         drawn = ax.bar(known, values, yerr=errors, color=colours, capsize=3)
         digits = "%.1f" if max(map(abs, values)) >= 10 else "%.2f"
         ax.bar_label(drawn, fmt=digits, fontsize=8, padding=2)
