@@ -13,11 +13,11 @@ from common.lab import not_measured
 from common.profiles import SMOLLM
 from deploy.serving.start import serving
 
-TOKENS = 64  # of a verdict: a small model on a processor writes ten or twenty a second
+VERDICT_TOKENS = 64  # of a verdict: a small model on a processor writes ten or twenty a second
 
 
 @contextmanager
-def language_judge(tokens: int = TOKENS) -> Iterator[Endpoint | None]:
+def language_judge(tokens: int = VERDICT_TOKENS) -> Iterator[Endpoint | None]:
     """The judge that is set, else SmolLM2-135M behind the course's own gateway, over HTTP.
 
     Args: `tokens`: of a reply, at most. Gives None where neither is there (`make model` fetches the
@@ -37,7 +37,7 @@ def language_judge(tokens: int = TOKENS) -> Iterator[Endpoint | None]:
 
 
 def by_language_model(
-    yardstick: Judge, questions: list[tuple[str, str, str]], tokens: int = TOKENS
+    yardstick: Judge, questions: list[tuple[str, str, str]], tokens: int = VERDICT_TOKENS
 ) -> tuple[list[dict], list[LanguageJudge]]:
     """(rows of `agreement`, the judges) of a language model beside a yardstick: pairs of answers,
     and each answer alone.
