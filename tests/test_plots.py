@@ -47,7 +47,9 @@ PARTS = {key: 1e9 for key in comparisons.MEMORY_PARTS}
 POINT = {"cost": 1.0, "rate": 0.6, "low": 0.5, "high": 0.7}
 RATES = {"dpo_vs_sft": {"rate": 0.7, "std": 0.02, "low": 0.6, "high": 0.8}}
 MODELS = {"sft": {"kl": 1.0, "std": {"kl": 0.2}}, "dpo": {"kl": 2.0, "std": {"kl": None}}}
-SPEED = SimpleNamespace(tokens_per_second=100.0, latency_p50=0.2, first_token_p50=0.05)
+SPEED = SimpleNamespace(
+    tokens_per_second=100.0, latency_p50=0.2, latency_p95=0.3, first_token_p50=0.05
+)
 QUANTISED = {"weight_bytes": 1e7, "win_rate": rate(0.5), "tokens_per_second": 50.0}
 BOTH = {"chosen": [0, 1], "rejected": [0, -1]}
 DRAWN = {  # figure function → its arguments
@@ -63,7 +65,8 @@ DRAWN = {  # figure function → its arguments
     "displacement": ({"a": run(), "b": run(-5)}, "title"),
     "rise_of_both": (run(), run(-5), "title"),
     "quality_size_speed": ({"float32": QUANTISED, "int8": QUANTISED},),
-    "speeds": ({8: (0.1, 0.2), 16: (0.2, 0.5)}, {1: SPEED, 2: SPEED}),
+    "batch_speeds": ({1: SPEED, 2: SPEED},),
+    "peeking": ([10, 20], [0.05, 0.08], 0.05),
     "latencies": ({"all": [0.1, 0.2, 0.3]}, "ms", "title"),
     "drift": ({"monday": [{"length": 5.0}]}, {"length": (1, 4)}, {"length": "tokens"}),
     "histograms": ({"chosen": [1, 2, 3]}, "tokens", "title", 10),
@@ -196,6 +199,20 @@ def test_the_spread_over_seeds_is_an_error_bar():
     ]
     (_, low), (_, high) = bars.get_segments()[0]
     assert (low, high) == pytest.approx((0.8, 1.2))
+
+
+def test_what_was_not_measured_has_no_bar_and_what_no_model_has_no_panel():
+    """SFT's length is not known: one bar, that of DPO, at the second place. None is harmless."""
+    spread = {"harmless": None, "length": None}
+    models = {"sft": {"harmless": None, "length": None, "std": spread}}
+    models["dpo"] = {"harmless": None, "length": 9.0, "std": spread}
+    names = {"sft": "SFT", "dpo": "DPO"}
+    figure = comparisons.measure_panels(models, {"harmless": "a", "length": "b"}, names)
+    (ax,) = [ax for ax in figure.axes if ax.get_visible()]
+    assert ax.get_title() == "b" and [bar.get_height() for bar in ax.patches] == [9.0]
+    assert ax.patches[0].get_x() + ax.patches[0].get_width() / 2 == pytest.approx(1)
+    with pytest.raises(ValueError, match="any of these measures: harmless"):
+        comparisons.measure_panels(models, {"harmless": "a"}, names)
 
 
 def test_the_win_rate_of_a_matrix_is_turned_round_below_the_diagonal():
