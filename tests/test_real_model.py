@@ -141,6 +141,7 @@ def test_load_train_export_and_one_answer_through_the_gateway(tmp_path, monkeypa
         run = train(lab, stage, batch_size=2, micro_batch=2, epochs=1.0, evaluations=1)
         assert (run.record["steps"], run.record["path"]) == (2, "packed")
         assert run.record["parent"] == "base" and run.record["model"] == SMOLLM
+        assert 1e9 < run.record["peak_memory_bytes"] < 8e9
         if stage == "dpo":
             assert run.record["reference"] == "base"
             assert run.metrics[1]["rewards_chosen"] == run.metrics[1]["rewards_rejected"] == 0.0
