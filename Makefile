@@ -13,7 +13,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 FOUND := $(if $(wildcard $(PY)),$(PY),$(PYTHON))
 
 .DEFAULT_GOAL := help
-.PHONY: help env lock model align labs test test-more notebooks quality real bench gpu clean
+.PHONY: help env lock model align labs test test-more notebooks quality study real bench gpu clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -45,6 +45,9 @@ notebooks: $(STAMP) ## run all notebooks, deep dives too, from nothing on profil
 quality: $(STAMP) ## train with three fresh seeds: the quality table and its thresholds
 	@$(PY) -m benchmarks.quality
 	@$(PY) -m tools.readme_table
+
+study: $(STAMP) ## which method wins, and against what: fourteen arms over fresh seeds (hours, resumable): docs/study.md
+	@env -u LAB_MODEL -u LAB_DATA OMP_NUM_THREADS=1 $(PY) -m benchmarks.study
 
 real: model ## what alignment does to the real model, over five seeds (hours, resumable): docs/real-model.md
 	@$(PY) -m benchmarks.real --tune

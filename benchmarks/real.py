@@ -8,11 +8,9 @@ again. `--tune` chooses the rates first, on a seed and topics that nothing is ev
 """
 
 import argparse
-import hashlib
 import json
 import math
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -22,6 +20,7 @@ from pathlib import Path
 from datasets import Dataset
 
 from benchmarks import real_pages, real_report
+from benchmarks.plans import PlanError, plan_digest, seed_record
 from benchmarks.real_measures import Ruler
 from common.comparison import COSTS
 from common.data import load_pairs
@@ -44,10 +43,6 @@ RATES = {  # five for every arm: the same effort
     "orpo": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
     "orpo_lambda0": (1e-5, 2e-5, 4e-5, 8e-5, 1.6e-4),
 }
-
-
-class PlanError(RuntimeError):
-    """The plan is not committed, or a seed was run under another one."""
 
 
 @dataclass(frozen=True)
@@ -112,16 +107,6 @@ def length_trials(rate: float) -> dict[str, Trial]:
     }
 
 
-def plan_digest() -> str:
-    """sha256 of the plan. Raises: PlanError unless it is committed as it is."""
-    name = PLAN.relative_to(ROOT).as_posix()
-    asked = ["git", "show", f"HEAD:{name}"]
-    found = subprocess.run(asked, cwd=ROOT, capture_output=True)
-    if found.returncode or found.stdout != PLAN.read_bytes():
-        raise PlanError(f"{name} is not committed as it is. Commit the plan before a run.")
-    return hashlib.sha256(found.stdout).hexdigest()
-
-
 def pairs_of(lab: Lab, trial: Trial) -> Dataset:
     """The training pairs of an arm: of all that there are at this knob, the chosen ones."""
     count = trial.pairs if trial.choose is None else ARM_PAIRS
@@ -151,12 +136,9 @@ class Seed:
     """The file of one seed: what it holds is kept, what is missing is run."""
 
     def __init__(self, seed: int, folder: Path = real_report.FOLDER):
-        self.path, self.plan = folder / f"seed-{seed}.json", plan_digest()
-        self.record = {"seed": seed, "plan": self.plan, "machine": describe_machine(), "arms": {}}
-        if self.path.exists():
-            self.record = json.loads(self.path.read_text(encoding="utf-8"))
-        if self.record["plan"] != self.plan:
-            raise PlanError(f"{self.path.name} was run under another plan. Move it away, or say so")
+        self.path, plan = folder / f"seed-{seed}.json", plan_digest(PLAN)
+        new = {"seed": seed, "plan": plan, "machine": describe_machine(), "arms": {}}
+        self.record = seed_record(self.path, plan, new)
         self.lab = Lab(get_profile("smollm"), seed)
         self.ruler = Ruler(self.lab)
         if self.record.setdefault("prose", self.ruler.digest) != self.ruler.digest:
@@ -205,7 +187,7 @@ def tuning_lab(seed: int = TUNING_SEED) -> Lab:
 def tune() -> dict:
     """Five rates for each method, on one seed. The file says which one is best, and by what."""
     path, lab = real_report.FOLDER / "tuning.json", tuning_lab()
-    found = {"plan": plan_digest(), "machine": describe_machine(), "runs": {}}
+    found = {"plan": plan_digest(PLAN), "machine": describe_machine(), "runs": {}}
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
     ruler = Ruler(lab)

@@ -1,31 +1,23 @@
 """The page of the real model, from what `benchmarks.real_report` found."""
 
-import json
-import sys
 from pathlib import Path
 
+from benchmarks.plans import differing, pages_with, read_seeds, write_summary
 from benchmarks.real_report import (
     ARM_NAMES,
     COLUMNS,
+    FOLDER,
     METHODS,
     RESULTS,
     SIDE_NAMES,
     TOLD_APART,
     TWO_PRECISIONS,
     read_precision,
-    read_seeds,
     summary,
 )
 from benchmarks.verdicts import Finding
-from common.io.files import write_json, written_whole
-from common.profiles import ROOT
 from tools.align import MEASURES
-from tools.tables import in_chinese, markdown_table
-
-REAL_PAGES = {
-    "real-model.md": lambda text: text,
-    "real-model.zh-TW.md": in_chinese,
-}
+from tools.tables import markdown_table
 
 
 def _plain(value: float | None, digits: int) -> str:
@@ -132,32 +124,17 @@ def block(found: dict) -> str:
 
 
 def pages(found: dict) -> dict[Path, str]:
-    """{page: its text} with the generated part between its two marks made anew."""
-    begin, end = "<!-- real -->\n", "<!-- /real -->"
-    texts = {}
-    for name, translated in REAL_PAGES.items():
-        path = ROOT / "docs" / name
-        before, _, rest = path.read_text(encoding="utf-8").partition(begin)
-        after = rest.partition(end)[2]
-        texts[path] = f"{before}{begin}{translated(block(found))}\n{end}{after}"
-    return texts
+    """{page: its text} with the generated part made anew."""
+    return pages_with("real-model", "real", block(found))
 
 
 def write_results() -> None:
     """Writes `real.json` and the pages."""
-    found = summary(read_seeds(), read_precision())
-    write_json(RESULTS, found)
-    for path, text in pages(found).items():
-        with written_whole(path) as scratch:
-            scratch.write_text(text, encoding="utf-8")
+    found = summary(read_seeds(FOLDER), read_precision())
+    write_summary(RESULTS, found, pages(found))
 
 
 def check_results() -> int:
     """Recomputes everything from the seeds. Returns 1, and says what differs, if something does."""
-    found = summary(read_seeds(), read_precision())
-    known = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else None
-    wrong = [] if known == json.loads(json.dumps(found)) else [RESULTS.name]
-    wrong += [p.name for p, text in pages(found).items() if p.read_text("utf-8") != text]
-    for name in wrong:
-        print(f"{name} does not say what the seeds say: python -m benchmarks.real", file=sys.stderr)
-    return int(bool(wrong))
+    found = summary(read_seeds(FOLDER), read_precision())
+    return differing(RESULTS, found, pages(found), "python -m benchmarks.real")

@@ -62,15 +62,6 @@ def best_rates(runs: dict[str, dict]) -> dict[str, float]:
     return best
 
 
-def read_seeds(folder: Path = FOLDER) -> list[dict]:
-    """The files of all seeds, by seed. Raises: ValueError if they were run under several plans."""
-    paths = sorted(folder.glob("seed-*.json"))
-    seeds = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
-    if len({seed["plan"] for seed in seeds}) > 1:
-        raise ValueError("These seeds were run under several plans: they are no one study.")
-    return seeds
-
-
 def _values(seeds: list[dict], arm: str, name: str) -> list[float]:
     return [seed["arms"][arm]["measures"][name] for seed in seeds]
 

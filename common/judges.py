@@ -4,6 +4,7 @@ A language model and people judge behind the same interface: `common.judging`. H
 agree, and what sways one, stands there, too.
 """
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -202,3 +203,13 @@ def length_controlled(verdicts, lengths, other_lengths) -> float:
         return value, slope
 
     return float(expit(minimize(loss, np.zeros(2), jac=True).x[0]))
+
+
+def cohens_kappa(first, second) -> float:
+    """Agreement of two annotators beyond chance, Cohen 1960 (doi 10.1177/001316446002000104).
+
+    Args: their votes on the same pairs: 1, 0 or -1. nan where both always cast one and the same.
+    """
+    first, second = np.asarray(first), np.asarray(second)
+    chance = sum(np.mean(first == vote) * np.mean(second == vote) for vote in (1, 0, -1))
+    return float((np.mean(first == second) - chance) / (1 - chance)) if chance < 1 else math.nan

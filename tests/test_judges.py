@@ -11,6 +11,7 @@ from common.evaluation import Answer
 from common.judges import (
     RewardJudge,
     RuleJudge,
+    cohens_kappa,
     compare,
     head_to_head,
     length_controlled,
@@ -248,3 +249,13 @@ def test_at_equal_lengths_it_is_the_plain_rate():
     assert 0.95 < length_controlled([1] * 8, range(8), [3] * 8) < 1
     with pytest.raises(ValueError, match="two lengths"):
         length_controlled([1, 0], [3], [4])
+
+
+def test_cohens_kappa_takes_chance_out():
+    """Cohen 1960: 20 + 15 of 50 agree, .5 by chance: (.7 - .5) / .5 = .4. With ties: p_o = 4/6 and
+    p_e = (2·3 + 2·1 + 2·2) / 36 = 1/3.
+    """
+    first, second = [1] * 25 + [-1] * 25, [1] * 20 + [-1] * 5 + [1] * 10 + [-1] * 15
+    assert cohens_kappa(first, second) == cohens_kappa(second, first) == pytest.approx(0.4)
+    assert cohens_kappa([1, 1, -1, -1, 0, 0], [1, 1, -1, 0, 0, 1]) == pytest.approx(0.5)
+    assert np.isnan(cohens_kappa([1, 1], [1, 1]))

@@ -45,6 +45,7 @@ def test_dpo_by_hand_counts_tied_logits_once_each():
 
 
 def test_orpo_by_hand_counts_tied_logits_once_each():
-    logps_by_hand = function_of("Lab-1.8-ORPO_Alignment/02-ORPO_Training.ipynb", "logps_by_hand")
+    dive = "Lab-1.8-ORPO_Alignment/deep-dives/02-Parity.ipynb"
+    logps_by_hand = function_of(dive, "logps_by_hand")
     expected = [1 - math.log(2 * math.e + 1), 2 - math.log(2 * math.exp(2) + 1)]
     assert logps_by_hand(TiedModel(), [1, 0, 2]) == pytest.approx(expected, rel=1e-12)

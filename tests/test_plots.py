@@ -296,3 +296,8 @@ def test_a_live_figure_is_silent_outside_a_notebook_and_redraws_in_one(monkeypat
     for force in (False, False, True):
         live.update(run(), force)
     assert drawn == ["dpo: step 4 of 4"] * 2 and not plt.get_fignums()
+
+
+def test_a_sweep_says_whom_its_win_rates_are_against():
+    figure = figures.sweep_with_rates([0, 1], {}, [rate(0.5), rate(0.7)], "λ", against="λ = 0")
+    assert figure.axes[-1].get_title() == "win rate against λ = 0"

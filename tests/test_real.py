@@ -8,8 +8,9 @@ import pytest
 from datasets import Dataset
 
 from benchmarks import real, real_pages, real_report
-from benchmarks.real import RATES, TRIALS, Trial, length_trials, pairs_of, plan_digest
-from benchmarks.real_report import best_rates, families, read_seeds, summary
+from benchmarks.plans import PlanError, plan_digest, read_seeds, seed_record
+from benchmarks.real import RATES, TRIALS, Trial, length_trials, pairs_of
+from benchmarks.real_report import best_rates, families, summary
 from common.instructions import CONSTRAINTS, instruction
 
 MACHINE = {"gpu": [], "cores": 2, "cpu": "made up", "memory_bytes": 8e9, "versions": {"torch": "1"}}
@@ -110,7 +111,7 @@ def test_what_stands_in_the_results_is_what_the_seeds_say():
 def test_a_changed_number_is_noticed(monkeypatch, tmp_path, capsys):
     seeds = [made_seed(seed) for seed in range(5)]
     monkeypatch.setattr(real_pages, "RESULTS", tmp_path / "real.json")
-    monkeypatch.setattr(real_pages, "read_seeds", lambda: seeds)
+    monkeypatch.setattr(real_pages, "read_seeds", lambda folder: seeds)
     (tmp_path / "real.json").write_text(json.dumps(summary(seeds)), encoding="utf-8")
     monkeypatch.setattr(real_pages, "pages", lambda found: {})
     assert real_pages.check_results() == 0
@@ -152,20 +153,27 @@ def test_two_precisions_are_compared_within_a_seed():
     assert real_pages.block(summary([])) == "Not measured yet: `make real`."
 
 
-def test_a_plan_that_is_not_committed_is_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr(real, "ROOT", tmp_path)
-    monkeypatch.setattr(real, "PLAN", tmp_path / "plan.md")
-    (tmp_path / "plan.md").write_text("the plan", encoding="utf-8")
+def test_a_plan_that_is_not_committed_is_refused(tmp_path):
+    plan = tmp_path / "plan.md"
+    plan.write_text("the plan", encoding="utf-8")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@t"]
     for command in (["init", "-q"], ["add", "-A"]):
         subprocess.run([*git, *command], cwd=tmp_path, check=True)
-    with pytest.raises(real.PlanError, match="not committed"):
-        plan_digest()
+    with pytest.raises(PlanError, match="not committed"):
+        plan_digest(plan)
     subprocess.run([*git, "commit", "-qm", "plan"], cwd=tmp_path, check=True)
-    assert len(plan_digest()) == 64
-    (tmp_path / "plan.md").write_text("another plan", encoding="utf-8")
-    with pytest.raises(real.PlanError, match="not committed"):
-        plan_digest()
+    assert len(plan_digest(plan)) == 64
+    plan.write_text("another plan", encoding="utf-8")
+    with pytest.raises(PlanError, match="not committed"):
+        plan_digest(plan)
+
+
+def test_a_seed_of_another_plan_is_refused(tmp_path):
+    path = tmp_path / "seed-1.json"
+    assert seed_record(path, "a", made_seed(1) | {"plan": "a"})["seed"] == 1
+    path.write_text(json.dumps(made_seed(1) | {"plan": "b"}), encoding="utf-8")
+    with pytest.raises(PlanError, match="another plan"):
+        seed_record(path, "a", {})
 
 
 def rows(*answers: tuple[str, str, str]) -> Dataset:

@@ -60,7 +60,7 @@ ORDER = [
 ]
 APART = [("evaluation", "lab"), ("judges", "lab"), ("plots", "memory"), ("training.trainer", "lab")]
 TWICE = {"main", "response_logps"}  # of command lines; the readable and the packed path
-LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 18_200
+LINES_OF_A_FILE, LINES_OF_TAUGHT, LINES_OF_ALL = 330, 3_600, 20_000
 LOADED = {"Lab-1.7-DPO_Alignment/01": 20}  # modules of ours that a notebook loads at the most
 LOADED_BY_ANY = 42
 

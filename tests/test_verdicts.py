@@ -108,6 +108,42 @@ def test_equal_is_rarely_said_of_a_difference_as_large_as_the_margin():
     assert said / 400 <= 0.0775
 
 
+@pytest.mark.parametrize(("seeds", "size"), [(12, 4), (8, 3), (8, 2)])
+def test_the_studys_families_find_a_planted_difference(seeds, size):
+    """.03 in the families of the plan, with their seeds: found in at least 80 %. (A family of four
+    on eight seeds finds it in 77 %, as the plan says.)
+    """
+    generator, means = np.random.default_rng(6), [0.03] + [0.0] * (size - 1)
+    words = [simulated(means, generator, seeds)["c0"].verdict for _ in range(400)]
+    assert words.count("holds") / 400 >= 0.80
+
+
+def test_null_studies_of_eight_seeds_rarely_have_a_verdict():
+    generator = np.random.default_rng(7)
+    found = [simulated([0.0] * 4, generator, 8).values() for _ in range(400)]
+    false = sum(any(one.verdict in ("holds", "does not hold") for one in each) for each in found)
+    assert 0.01 < false / 400 <= 0.0775
+
+
+def simulated_rates(generator, seeds: int, prompts: int = 250, samples: int = 4) -> list[float]:
+    """Win rates of seeds that are worlds of their own: .55, moved by the seed (.02) and by each of
+    its prompts, and drawn from four answers to each.
+    """
+    rates = []
+    for _ in range(seeds):
+        chance = 0.55 + generator.normal(0, SPREAD) + generator.uniform(-0.4, 0.4, prompts)
+        rates.append(generator.binomial(samples, np.clip(chance, 0, 1)).sum() / prompts / samples)
+    return rates
+
+
+@pytest.mark.parametrize("seeds", [5, 8, 12])
+def test_intervals_over_seeds_and_prompts_cover(seeds):
+    """The true rate is .55: 95 % intervals hold it in 92 to 98 % of 1,000 studies."""
+    generator = np.random.default_rng(seeds)
+    ends = [over_seeds(simulated_rates(generator, seeds)).ci95 for _ in range(1000)]
+    assert 0.92 <= sum(low < 0.55 < high for low, high in ends) / 1000 <= 0.98
+
+
 def test_intervals_cover():
     generator = np.random.default_rng(3)
     covered = 0

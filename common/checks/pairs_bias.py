@@ -24,6 +24,23 @@ def check_length_bias(fn):
     yield "by how much does not count: only which is longer", bias((2, 1), (1, 500)) == 0.5
     swapped = bias(*((rejected, chosen) for chosen, rejected in mixed))
     yield "swapping chosen and rejected gives 1 minus it", close(swapped, 0.6875)
+    ids = [{"chosen_ids": (7, 7, 2), "rejected_ids": torch.tensor([7, 2])}]
+    yield "tuples and tensors of ids will do as well", fn(ids) == 1
+
+
+def _rise():
+    """Two scorings: chosen up 20 nats over 10 tokens, rejected up 10."""
+    before, after = ((-20.0, -60.0), (-30.0, -50.0)), ((-10.0, -50.0), (-25.0, -45.0))
+    lengths = torch.tensor([2, 8]), torch.tensor([4, 6])
+    for sides in (before, after):
+        sums = (torch.tensor(side, dtype=torch.float64) for side in sides)
+        yield PairLogps(*(SideLogps(*side) for side in zip(sums, lengths, strict=True)))
+
+
+def _in_float32(logps):
+    return PairLogps(
+        *(SideLogps(s.sums.float(), s.lengths) for s in (logps.chosen, logps.rejected))
+    )
 
 
 def check_shared_rise(fn):
@@ -46,6 +63,9 @@ def check_shared_rise(fn):
     # 34 nats and 17 nats, over 10 tokens each
     uneven = share([-18.0, -28.0], [-30.0, -33.0])
     yield "every token counts the same: not the mean of row ratios", close(uneven, 0.5)
+    single = fn(*(_in_float32(side) for side in _rise()))
+    yield "sums in float32 will do as well", close(single, 0.5, 1e-5)
+    yield "it is a plain number, not a tensor", isinstance(half, float)
     try:
         share([-21.0, -60.0], [-20.0, -40.0])
         refused = False
@@ -70,5 +90,9 @@ def check_cohens_kappa(fn):
     # p_o = 4/6, p_e = (2·3 + 2·1 + 2·2) / 36 = 1/3
     third = fn([a, a, b, b, tie, tie], [a, a, b, tie, tie, a])
     yield '"no difference" is a vote like the others', close(third, 0.5)
+    # 3 of 4 agree; p_e = (3·2 + 1·2) / 16 = 1/2
+    as_arrays = fn(torch.tensor([a, a, a, b]).numpy(), torch.tensor([a, a, b, b]).numpy())
+    yield "arrays of votes will do as well", close(as_arrays, 0.5)
+    yield "it makes no difference who is first", close(fn(second, first), 0.4)
     constant = fn([a, a], [a, a])
     yield "one and the same vote throughout: not defined, nan", math.isnan(constant)

@@ -120,14 +120,20 @@ def lines(
 
 
 def sweep_with_rates(
-    values: list[float], measures: dict[str, list], rates: list, xlabel: str, limits=None
+    values: list[float],
+    measures: dict[str, list],
+    rates: list,
+    xlabel: str,
+    limits=None,
+    against: str = "the start",
 ) -> Figure:
     """One panel per measure against a swept setting, and a last one with the win rate and its 95 %
     interval.
 
-    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed.
+    Args: `rates`: a WinRate per value; `limits`: {measure: value}, drawn dashed; `against`: whom
+        the win rates are against.
     """
-    panels = {**measures, "win rate against the start": [rate.rate for rate in rates]}
+    panels = {**measures, f"win rate against {against}": [rate.rate for rate in rates]}
     size = (3.0 * len(panels), 3.0)
     figure, axes = subplots(1, len(panels), figsize=size, squeeze=False)
     for ax, (name, points) in zip(axes.flat, panels.items(), strict=True):
