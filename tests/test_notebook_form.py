@@ -18,7 +18,6 @@ ROOT = Path(__file__).resolve().parent.parent
 MAIN = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/*.ipynb"))
 DIVES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/deep-dives/*.ipynb"))
 NOT_YET = {
-    "Lab-1.7-DPO_Alignment/02-SFT_Baseline.ipynb",
     "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
     "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
     "Lab-1.8-ORPO_Alignment/04-Production_Deploy.ipynb",

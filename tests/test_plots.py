@@ -206,6 +206,20 @@ def test_the_spread_over_seeds_is_an_error_bar():
     assert (low, high) == pytest.approx((0.8, 1.2))
 
 
+def test_what_was_not_measured_has_no_bar_and_what_no_model_has_no_panel():
+    """SFT's length is not known: one bar, that of DPO, at the second place. None is harmless."""
+    spread = {"harmless": None, "length": None}
+    models = {"sft": {"harmless": None, "length": None, "std": spread}}
+    models["dpo"] = {"harmless": None, "length": 9.0, "std": spread}
+    names = {"sft": "SFT", "dpo": "DPO"}
+    figure = comparisons.measure_panels(models, {"harmless": "a", "length": "b"}, names)
+    (ax,) = [ax for ax in figure.axes if ax.get_visible()]
+    assert ax.get_title() == "b" and [bar.get_height() for bar in ax.patches] == [9.0]
+    assert ax.patches[0].get_x() + ax.patches[0].get_width() / 2 == pytest.approx(1)
+    with pytest.raises(ValueError, match="any of these measures: harmless"):
+        comparisons.measure_panels(models, {"harmless": "a"}, names)
+
+
 def test_the_win_rate_of_a_matrix_is_turned_round_below_the_diagonal():
     """DPO against SFT .70; SFT against DPO .30, both bold, since .5 is not in [.6, .8]."""
     ax = draw("win_rate_matrix").axes[0]

@@ -14,6 +14,8 @@ MEASURE_NAMES = {  # key in a report → name of the row
     "reward_margin": "margin (β = 0.1)",
     "preference_accuracy": "held-out accuracy",
     "kl": "KL to SFT (nats)",
+    "constraints_met": "constraints met",
+    "all_met": "all met",
     "helpfulness": "helpfulness (1–5)",
     "harmlessness": "harmlessness (1–5)",
     "relevance": "relevance (1–5)",
@@ -68,7 +70,10 @@ def results_table(folder: Path) -> str:
         win_rates |= report["win_rate"]
         if "judge" in report:
             judges[report["judge"]] = report.get("judge_beats_a_coin", True)
-    names = {stage: stage.upper() for stage in ("sft", "dpo", "orpo") if stage in models}
+    # Where preferences start from the base, it is what the others are compared with.
+    first = ["base"] if any(name.endswith("_vs_base") for name in win_rates) else []
+    stages = [stage for stage in (*first, "sft", "dpo", "orpo") if stage in models]
+    names = {stage: "START" if stage == "base" else stage.upper() for stage in stages}
     rates = [
         [name, f"{rate['rate']:.1%} [{rate['ci95'][0]:.1%}, {rate['ci95'][1]:.1%}]"]
         + [str(rate[outcome]) for outcome in ("wins", "ties", "losses")]
@@ -86,10 +91,15 @@ def results_table(folder: Path) -> str:
 
 
 def _stage_table(models: dict, names: dict[str, str], first=(), last=()) -> str:
-    """One column per stage, one row per shared measure. `first`, `last`: further rows."""
-    rows = []
+    """One column per stage, one row per measure that this world has. `first`, `last`: further rows.
+
+    Where code verifies constraints, relevance is a share.
+    """
+    rows, shares = [], any(models[stage].get("constraints_met") is not None for stage in names)
     for key, name in MEASURE_NAMES.items():
         found = [(models[stage].get(key), models[stage].get("std", {}).get(key)) for stage in names]
+        name = name.replace(" (1–5)", "") if shares else name
+        name = name.replace("SFT", "the start") if "base" in names else name
         if any(value is not None for value, _ in found):
             rows.append([name, *(_cell(*each) for each in found)])
     return markdown_table(["", *names.values()], [*first, *rows, *last])
