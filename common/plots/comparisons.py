@@ -91,11 +91,15 @@ def measure_panels(
     models: dict[str, dict], measures: dict[str, str], names: dict[str, str], title=""
 ) -> Figure:
     """One panel per measure, one bar per model, with ± its standard deviation over seeds where
-    there is one.
+    there is one. What a world does not have (None for every model) has no panel.
 
     Args: `models`: as in a report, with "std"; `measures`: {key: panel title}; `names`: {stage:
-        name on the axis}.
+        name on the axis}. Raises: ValueError if none of the measures is known.
     """
+    shown = {key for key in measures for stage in names if models[stage].get(key) is not None}
+    if not shown:
+        raise ValueError(f"No model here has any of these measures: {', '.join(measures)}.")
+    measures = {key: label for key, label in measures.items() if key in shown}
     columns = min(4, len(measures))
     rows = -(-len(measures) // columns)
     figure, axes = subplots(rows, columns, figsize=(2.9 * columns, 2.7 * rows), squeeze=False)
@@ -103,10 +107,12 @@ def measure_panels(
         ax.set_visible(False)
     places, labels = range(len(names)), list(names.values())
     for ax, (key, label) in zip(axes.flat, measures.items(), strict=False):
-        values = [models[stage][key] for stage in names]
-        spread = [models[stage]["std"][key] or 0.0 for stage in names]
+        known = [place for place, stage in enumerate(names) if models[stage].get(key) is not None]
+        own = [models[list(names)[place]] for place in known]
+        values, spread = [model[key] for model in own], [model["std"][key] or 0.0 for model in own]
         errors = spread if any(spread) else None
-        drawn = ax.bar(places, values, yerr=errors, color=PALETTE, capsize=3)
+        colours = [PALETTE[place % len(PALETTE)] for place in known]
+        drawn = ax.bar(known, values, yerr=errors, color=colours, capsize=3)
         digits = "%.1f" if max(map(abs, values)) >= 10 else "%.2f"
         ax.bar_label(drawn, fmt=digits, fontsize=8, padding=2)
         ax.set_xticks(places, labels, rotation=35, ha="right", fontsize=8)
