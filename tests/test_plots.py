@@ -240,6 +240,14 @@ def test_a_bar_carries_its_interval():
     assert (low[1], high[1]) == pytest.approx((0.4, 0.6))
 
 
+def test_a_share_of_nothing_has_an_interval_too():
+    """Wilson: 0 of 10 goes up to z² / (n + z²) = 3.84 / 13.84 = .2775; 7 of 10: .397 to .892."""
+    ax = figures.bars({"first": {"a": 0.0, "b": 0.7}}, "share", out_of={"first": 10}).axes[0]
+    (errors,) = [each.errorbar for each in ax.containers if getattr(each, "errorbar", None)]
+    ends = [[y for _, y in segment] for segment in errors[2][0].get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([[0, 0.2775], [0.397, 0.892]]), abs=1e-3)
+
+
 def test_stacked_parts_add_up_to_what_is_written():
     """Five parts of 1 GB each."""
     ax = draw("memory_by_part").axes[0]
