@@ -53,14 +53,6 @@ SPEED = SimpleNamespace(
 QUANTISED = {"weight_bytes": 1e7, "win_rate": rate(0.5), "tokens_per_second": 50.0}
 BOTH = {"chosen": [0, 1], "rejected": [0, -1]}
 DRAWN = {  # figure function → its arguments
-    "flaw_rates": (
-        [0, 0.3],
-        {"ORPO": [POINT, POINT]},
-        {"ORPO": [[0.5, 0.6], [0.7, 0.8]]},
-        "win rate",
-        "title",
-        ("worse", "better"),
-    ),
     "win_rate_matrix": (RATES, {"sft": "SFT", "dpo": "DPO"}, "title"),
     "measure_panels": (MODELS, {"kl": "KL, nats"}, {"sft": "SFT", "dpo": "DPO"}, "title"),
     "memory_by_part": ({"DPO": PARTS, "ORPO": PARTS}, "title"),
