@@ -20,7 +20,6 @@ DIVES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/de
 NOT_YET = {
     "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
     "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
-    "Lab-1.8-ORPO_Alignment/04-Production_Deploy.ipynb",
 }
 TRAIN_EARLY = ("02-SFT", "03-DPO", "04-Evaluation", "02-ORPO", "03-Compare")
 CELLS, WORDS = 75, 1_800

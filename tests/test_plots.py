@@ -47,7 +47,9 @@ PARTS = {key: 1e9 for key in comparisons.MEMORY_PARTS}
 POINT = {"cost": 1.0, "rate": 0.6, "low": 0.5, "high": 0.7}
 RATES = {"dpo_vs_sft": {"rate": 0.7, "std": 0.02, "low": 0.6, "high": 0.8}}
 MODELS = {"sft": {"kl": 1.0, "std": {"kl": 0.2}}, "dpo": {"kl": 2.0, "std": {"kl": None}}}
-SPEED = SimpleNamespace(tokens_per_second=100.0, latency_p50=0.2, first_token_p50=0.05)
+SPEED = SimpleNamespace(
+    tokens_per_second=100.0, latency_p50=0.2, latency_p95=0.3, first_token_p50=0.05
+)
 QUANTISED = {"weight_bytes": 1e7, "win_rate": rate(0.5), "tokens_per_second": 50.0}
 BOTH = {"chosen": [0, 1], "rejected": [0, -1]}
 DRAWN = {  # figure function → its arguments
@@ -71,7 +73,8 @@ DRAWN = {  # figure function → its arguments
     "displacement": ({"a": run(), "b": run(-5)}, "title"),
     "rise_of_both": (run(), run(-5), "title"),
     "quality_size_speed": ({"float32": QUANTISED, "int8": QUANTISED},),
-    "speeds": ({8: (0.1, 0.2), 16: (0.2, 0.5)}, {1: SPEED, 2: SPEED}),
+    "batch_speeds": ({1: SPEED, 2: SPEED},),
+    "peeking": ([10, 20], [0.05, 0.08], 0.05),
     "latencies": ({"all": [0.1, 0.2, 0.3]}, "ms", "title"),
     "drift": ({"monday": [{"length": 5.0}]}, {"length": (1, 4)}, {"length": "tokens"}),
     "histograms": ({"chosen": [1, 2, 3]}, "tokens", "title", 10),
@@ -235,6 +238,14 @@ def test_a_bar_carries_its_interval():
     errors = [each.errorbar for each in ax.containers if getattr(each, "errorbar", None)]
     low, high = errors[0][2][0].get_segments()[0]
     assert (low[1], high[1]) == pytest.approx((0.4, 0.6))
+
+
+def test_a_share_of_nothing_has_an_interval_too():
+    """Wilson: 0 of 10 goes up to z² / (n + z²) = 3.84 / 13.84 = .2775; 7 of 10: .397 to .892."""
+    ax = figures.bars({"first": {"a": 0.0, "b": 0.7}}, "share", out_of={"first": 10}).axes[0]
+    (errors,) = [each.errorbar for each in ax.containers if getattr(each, "errorbar", None)]
+    ends = [[y for _, y in segment] for segment in errors[2][0].get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([[0, 0.2775], [0.397, 0.892]]), abs=1e-3)
 
 
 def test_stacked_parts_add_up_to_what_is_written():

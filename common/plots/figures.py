@@ -40,6 +40,14 @@ def histograms(
     return figure
 
 
+def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """How far Wilson's 95 % interval of a share of `n` reaches below it and above it."""
+    middle, whole = share + z**2 / (2 * n), 1 + z**2 / n
+    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = (middle - half) / whole, (middle + half) / whole
+    return max(0.0, share - low), max(0.0, high - share)
+
+
 def bars(
     values: dict[str, dict[str, float]],
     ylabel: str,
@@ -47,10 +55,12 @@ def bars(
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
     halves: dict[str, dict[str, float]] | None = None,
+    out_of: dict[str, int] | None = None,
 ) -> Figure:
     """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model.
 
-    `halves`: half of each value's interval, drawn on its bar.
+    `out_of`: a model's values are shares of so many things: their 95 % intervals (Wilson's) are
+    drawn. `halves`: half of each value's interval, where it is another one.
     """
     measures = list(next(iter(values.values())))
     figure, ax = subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
@@ -59,6 +69,8 @@ def bars(
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
         heights = [row[name] for name in measures]
         spread = [halves[model][name] for name in measures] if halves else None
+        if out_of:
+            spread = np.array([_wilson(share, out_of[model]) for share in heights]).T
         error = {"yerr": spread, "error_kw": {"elinewidth": 1, "ecolor": "#444444"}}
         drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model, **error)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
