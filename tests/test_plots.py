@@ -318,3 +318,17 @@ def test_a_live_figure_is_silent_outside_a_notebook_and_redraws_in_one(monkeypat
 def test_a_sweep_says_whom_its_win_rates_are_against():
     figure = figures.sweep_with_rates([0, 1], {}, [rate(0.5), rate(0.7)], "λ", against="λ = 0")
     assert figure.axes[-1].get_title() == "win rate against λ = 0"
+
+
+def test_a_live_figure_takes_a_tenth_of_the_time_at_the_most(monkeypatch):
+    """A drawing of 5 s is followed by 45 s without one."""
+    import IPython
+    import IPython.display
+
+    clock = iter(range(1000, 2000, 5))
+    monkeypatch.setattr(curves.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(config=["IPKernelApp"]))
+    monkeypatch.setattr(IPython.display, "display", lambda *_, **__: SimpleNamespace())
+    live = curves.LiveFigure("dpo", seconds=3.0)
+    live.update(run())
+    assert live.wait == 45
