@@ -27,6 +27,7 @@ WHY = "NOT TESTED: no real model. Run `make model`, and set SMOLLM_DIR to the fo
 RUN = (
     "1.7-DPO_Alignment/01",
     "1.7-DPO_Alignment/02",
+    "1.7-DPO_Alignment/03",
     "1.8-ORPO_Alignment/01",
     "1.8-ORPO_Alignment/02",
     "1.8-ORPO_Alignment/04",
