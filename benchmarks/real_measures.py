@@ -24,6 +24,12 @@ SIDE_PROMPTS, SIDE_SAMPLES, SIDE_TEMPERATURE = 48, 2, 0.7
 BRIEF = ("score", "constraints_met", "all_met", "ended_with_eos", "length_tokens")
 
 
+def by_length(answers: list[list[Answer]]) -> list[list[Answer]]:
+    """Each answer by itself, the shortest rows first: batches of them hold hardly any padding."""
+    flat = [answer for group in answers for answer in group]
+    return [[answer] for answer in sorted(flat, key=lambda a: len(a.prompt_ids + a.chosen_ids))]
+
+
 class Ruler:
     """Measures the models of one lab against its start.
 
@@ -72,9 +78,10 @@ class Ruler:
         policy, kl = self.base, 0.0
         if model is not start:
             policy = logps_of(model, lab.test_pairs, batch)
-            kl = kl_on_samples(model, start, answers, batch)
+            kl = kl_on_samples(model, start, by_length(answers), batch)
         shared = preference_metrics(policy, self.base)
-        seen = text_measures(answers, lab.data.world, topical_answers(lab, answers, start))
+        topical = topical_answers(lab, by_length(answers), start)
+        seen = text_measures(answers, lab.data.world, topical)
         return {"perplexity": perplexity(policy.chosen), "kl": kl, **shared, **seen}
 
     def _side(self, model, start) -> dict:
@@ -82,5 +89,6 @@ class Ruler:
         lab = self.lab
         how = Sampling(lab.profile.max_new_tokens, SIDE_TEMPERATURE, SIDE_SAMPLES, lab.seed)
         answers = generate(model, lab.tokenizer, lab.prompts[:SIDE_PROMPTS], how, progress=True)
-        seen = text_measures(answers, lab.data.world, topical_answers(lab, answers, start))
+        topical = topical_answers(lab, by_length(answers), start)
+        seen = text_measures(answers, lab.data.world, topical)
         return {name: seen[name] for name in MEASURES}

@@ -65,7 +65,7 @@ def _tables(found: dict) -> list[str]:
         [
             ARM_NAMES[arm],
             f"{found['displacement'][arm]:+.1f}" if arm in METHODS else "–",
-            f"{cost['lr']:g}",
+            f"{cost['lr']:g}".replace("e-0", "e-"),
             f"{cost['minutes']:.1f} + {cost['measuring_minutes']:.1f}",
             f"{cost['peak_gb']:.1f} · {cost['measuring_peak_gb']:.1f}",
         ]

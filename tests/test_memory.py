@@ -185,6 +185,15 @@ def test_a_large_model_is_predicted_without_its_memory(tmp_path):
     assert psutil.Process().memory_info().rss - before < 2.8e8
 
 
+@pytest.mark.more
+def test_the_real_model_fits_a_laptop_of_8_gb():
+    """DPO takes most: the full context in every row, the reference beside the policy, and 0.8 GB
+    for Python and its libraries.
+    """
+    forecast = predict(PROFILES["smollm"], "dpo", "packed", "bfloat16", "cpu")
+    assert 4e9 < forecast.peak < 8e9 - 0.8e9
+
+
 def test_where_it_does_not_fit_a_setting_that_helps_is_named(small, monkeypatch):
     """The limit is put between what the profile takes and what it takes with an evaluation of one
     pair at a time.

@@ -117,7 +117,8 @@ def test_a_run_that_is_stopped_says_so_and_keeps_what_ran(tmp_path):
 
 
 def model(**values):
-    return dict.fromkeys(results_table.MEASURE_NAMES, 0.25) | values
+    of_instructions = {"constraints_met": None, "all_met": None}
+    return dict.fromkeys(results_table.MEASURE_NAMES, 0.25) | of_instructions | values
 
 
 def write_results(path, **models):
@@ -140,6 +141,20 @@ def test_the_results_show_what_was_measured_and_a_dash_for_what_was_not(tmp_path
     assert rows["perplexity"] == ["0.250 ± 0.100", "7.500"]
     assert rows["KL to SFT (nats)"] == ["–", "0.250"]
     assert rows["dpo_vs_sft"] == ["60.0% [40.0%, 80.0%]", "5", "2", "3"]
+
+
+def test_the_results_of_the_real_model_show_its_start_and_its_own_measures(tmp_path):
+    """Nothing is harmless or helpful from 1 to 5 there, and relevance is a share."""
+    own = {"helpfulness": None, "harmlessness": None, "constraints_met": 0.5, "all_met": 0.3}
+    write_results(tmp_path / "evaluation.json", base=model(**own), dpo=model(**own))
+    report = json.loads((tmp_path / "evaluation.json").read_text())
+    report["win_rate"] = {"dpo_vs_base": report["win_rate"]["dpo_vs_sft"]}
+    (tmp_path / "evaluation.json").write_text(json.dumps(report))
+    text = results_table.results_table(tmp_path)
+    rows = cells(text)
+    assert "|  | START | DPO |" in text and rows["constraints met"] == ["0.500", "0.500"]
+    assert {"relevance", "KL to the start (nats)"} <= rows.keys()
+    assert not {"helpfulness (1–5)", "helpfulness"} & rows.keys()
 
 
 @pytest.mark.parametrize(("age", "stages"), [(-1, "SFT | DPO"), (1, "SFT | DPO | ORPO")])

@@ -386,15 +386,18 @@ def test_a_finished_run_is_reused(lab, dpo, monkeypatch, capsys):
     assert again.record == json.loads(json.dumps(dpo.record)) and again.metrics == dpo.metrics
 
 
-def test_a_stage_is_trained_after_what_it_starts_from(lab, monkeypatch):
+def test_a_stage_is_trained_after_what_it_starts_from(lab, monkeypatch, capsys):
     """Each stage once, its parents first. The base of a pre-trained model is there already."""
     trained = []
-    monkeypatch.setattr("common.training.train", lambda _, stage: trained.append(stage) or stage)
+    monkeypatch.setattr(
+        "common.training.train", lambda _, stage, figure: trained.append(stage) or stage
+    )
     assert train_from_base(lab, "dpo", "sft") == {name: name for name in ("base", "sft", "dpo")}
     assert trained == ["base", "sft", "dpo"]
     trained.clear()
     train_from_base(Lab(PROFILES["gpt2"]), "orpo", "dpo")
     assert trained == ["orpo", "sft", "dpo"]
+    assert "base: openai-community/gpt2 itself" in capsys.readouterr().out
 
 
 def test_a_run_says_its_fingerprint_when_it_is_trained_and_when_it_is_reused(lab, capsys):

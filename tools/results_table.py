@@ -14,6 +14,8 @@ MEASURE_NAMES = {  # key in a report → name of the row
     "reward_margin": "margin (β = 0.1)",
     "preference_accuracy": "held-out accuracy",
     "kl": "KL to SFT (nats)",
+    "constraints_met": "constraints met",
+    "all_met": "all met",
     "helpfulness": "helpfulness (1–5)",
     "harmlessness": "harmlessness (1–5)",
     "relevance": "relevance (1–5)",
@@ -23,11 +25,13 @@ MEASURE_NAMES = {  # key in a report → name of the row
     "length_tokens": "length (tokens)",
 }
 STAGE_NAMES = {
+    "base": "the start",
     "sft": "SFT",
     "orpo_lambda0": "λ = 0",
     "dpo_plain": "DPO plain",
     "dpo": "DPO + NLL",
     "orpo": "ORPO",
+    "chosen_dpo": "SFT on chosen, then DPO",
 }
 PART_NAMES = {
     "weights_bytes": "weights",
@@ -68,7 +72,10 @@ def results_table(folder: Path) -> str:
         win_rates |= report["win_rate"]
         if "judge" in report:
             judges[report["judge"]] = report.get("judge_beats_a_coin", True)
-    names = {stage: stage.upper() for stage in ("sft", "dpo", "orpo") if stage in models}
+    # Where preferences start from the base, it is what the others are compared with.
+    first = ["base"] if any(name.endswith("_vs_base") for name in win_rates) else []
+    stages = [stage for stage in (*first, "sft", "dpo", "orpo") if stage in models]
+    names = {stage: "START" if stage == "base" else stage.upper() for stage in stages}
     rates = [
         [name, f"{rate['rate']:.1%} [{rate['ci95'][0]:.1%}, {rate['ci95'][1]:.1%}]"]
         + [str(rate[outcome]) for outcome in ("wins", "ties", "losses")]
@@ -86,10 +93,15 @@ def results_table(folder: Path) -> str:
 
 
 def _stage_table(models: dict, names: dict[str, str], first=(), last=()) -> str:
-    """One column per stage, one row per shared measure. `first`, `last`: further rows."""
-    rows = []
+    """One column per stage, one row per measure that this world has. `first`, `last`: further rows.
+
+    Where code verifies constraints, relevance is a share.
+    """
+    rows, shares = [], any(models[stage].get("constraints_met") is not None for stage in names)
     for key, name in MEASURE_NAMES.items():
         found = [(models[stage].get(key), models[stage].get("std", {}).get(key)) for stage in names]
+        name = name.replace(" (1–5)", "") if shares else name
+        name = name.replace("SFT", "the start") if "base" in names else name
         if any(value is not None for value, _ in found):
             rows.append([name, *(_cell(*each) for each in found)])
     return markdown_table(["", *names.values()], [*first, *rows, *last])
@@ -128,22 +140,6 @@ def quality_markdown(results: dict) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _flaw_rates(report: dict) -> list[str]:
-    """Win rates by share of flawed pairs. Nothing where there is no embedded world."""
-    if not report["flaw_rates"]:
-        return []
-    arms = {rate: report["arms"].get(name, report) for rate, name in report["flaw_rates"].items()}
-    arms["tiers"] = report["arms"]["tiers"]
-    rows = [
-        [text, *(_rate_cell(arm["win_rate"][name]) for arm in arms.values())]
-        for name, text in (
-            ("orpo_vs_orpo_lambda0", "ORPO against λ = 0"),
-            ("dpo_vs_orpo_lambda0", "DPO + NLL against λ = 0"),
-        )
-    ]
-    return [markdown_table(["flaw rate of the pairs", *arms], rows)]
-
-
 def _memory_table(runs: list[dict]) -> list[str]:
     """Peak memory by part, measured in one process per method."""
     size = runs[0]
@@ -167,8 +163,10 @@ def comparison_markdown(results: dict) -> str:
         passes = ratio.pop("passes")
         several = f"{seeds} seeds, interval over seeds"
         basis = several if seeds > 1 else "one seed, interval over prompts"
-        flops = [f"{cost[stage]['simple_flops'] / 1e12:.3f}" for stage in STAGE_NAMES]
-        first = _against_sft(report["win_rate"], STAGE_NAMES, _rate_cell)
+        names = {key: name for key, name in STAGE_NAMES.items() if key in report["models"]}
+        found = [cost.get(stage, {}).get("simple_flops") for stage in names]
+        flops = ["–" if value is None else f"{value / 1e12:.3f}" for value in found]
+        first = _against_sft(report["win_rate"], names, _rate_cell)
         last = [["TFLOPs of the stage, unpacked", *flops]]
         counted = "; ".join(
             f"{name} {values['counted']:.3f}, by formula {values['formula']:.3f}"
@@ -176,14 +174,10 @@ def comparison_markdown(results: dict) -> str:
         )
         blocks += [
             f"`{profile}`: {basis} (95 %); judge: {report['judge']}.",
-            _stage_table(report["models"], STAGE_NAMES, first, last),
+            _stage_table(report["models"], names, first, last),
             f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {passes:.3f}.",
-            *_flaw_rates(report),
+            *_memory_table(report["memory"]),
         ]
-        if "twice" in report["arms"]:
-            rate = report["arms"]["twice"]["win_rate"]["orpo_vs_orpo_lambda0"]
-            blocks.append(f"ORPO against λ = 0 trained twice as long: {_rate_cell(rate)}.")
-        blocks += _memory_table(report["memory"])
     return "\n\n".join(blocks) + "\n"
 
 

@@ -66,6 +66,7 @@ def _tiny_model():
 
     off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     sizes = {"vocab_size": 11, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 2}
+    sizes |= {"bos_token_id": 0, "eos_token_id": 0}
     with torch.random.fork_rng():
         torch.manual_seed(5)
         return GPT2LMHeadModel(GPT2Config(**sizes, **off)).double()

@@ -19,6 +19,9 @@ def check_split_transcript(split):
     yield "the response keeps its leading space", response == " In the kitchen."
     echo = turns + " You said: Hi. Where is the tea? In the kitchen."
     yield "prompt + response is the transcript again, word for word", "".join(split(echo)) == echo
+    told = turns + " Write Human: and Assistant: before each turn."
+    bare = tuple(split(told)) == (turns, told.removeprefix(turns))
+    yield "the word Assistant: inside of an answer is no turn: the blank line belongs to it", bare
     empty = tuple(split(turns))
     yield "a transcript that ends at the mark has an empty response", empty == (turns, "")
     others = [split("\n\nHuman: Hi"), split("")]

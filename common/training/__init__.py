@@ -87,17 +87,21 @@ def train(
     return Run(model, record, metrics, folder)
 
 
-def train_from_base(lab: Lab, *stages: str) -> dict[str, Run]:
+def train_from_base(lab: Lab, *stages: str, figure=None) -> dict[str, Run]:
     """Trains stages after all that they start from; finished runs are reused.
 
-    A base that is a pre-trained model is left out. Raises: as `train`.
+    A base that is a pre-trained model is left out, with a line that says so.
+    Args: `figure`: makes the figure of a stage from its name (`plots.curves.LiveFigure`).
+    Raises: as `train`.
     """
     runs = {}
     for stage in stages:
         if (parent := lab.parent_of(stage)) and parent not in runs:
-            runs |= train_from_base(lab, parent)
-        if lab.has_own_weights(stage) and stage not in runs:
-            runs[stage] = train(lab, stage)
+            runs |= train_from_base(lab, parent, figure=figure)
+        if not lab.has_own_weights(stage):
+            print(f"{stage}: {lab.profile.model} itself, which is trained already")
+        elif stage not in runs:
+            runs[stage] = train(lab, stage, figure=figure and figure(stage))
     return runs
 
 
