@@ -11,7 +11,7 @@ from common.judges import Vote
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 LETTERS = {"A": 1, "B": -1, "C": 0}
-MARKS = {"pairwise": "([ABC])", "forced": "([AB])", "single": "(10|[1-9])"}  # that each form allows
+FORMS = {"pairwise": "([ABC])", "forced": "([AB])", "single": "(10|[1-9])"}  # that each form allows
 
 
 def marked(text: str, pattern: str) -> tuple[str | None, str]:
@@ -46,8 +46,8 @@ class LanguageJudge:
     """
 
     def __init__(self, endpoint: Endpoint, form="pairwise", workers: int = 4, progress=True):
-        if form not in MARKS:
-            raise ValueError(f"form must be one of {', '.join(MARKS)}, not {form!r}.")
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}.")
         self.endpoint, self.form, self.workers = endpoint, form, workers
         self.title = f"judge {endpoint.model}" if progress else ""
         self.name = f"{endpoint.model}, {form}"
@@ -74,7 +74,7 @@ class LanguageJudge:
         for case, reply in zip(cases, replies, strict=True):
             mark, reason = None, reply.get("failure", "")
             if not reason:
-                mark, reason = marked(reply["text"], MARKS[self.form])
+                mark, reason = marked(reply["text"], FORMS[self.form])
             kind = "failed" if "failure" in reply else "not readable" if mark is None else "read"
             self.counts[kind] += 1
             found[case] = mark, reason
