@@ -416,6 +416,50 @@ def test_the_table_has_a_line_for_each_judge():
     assert len(lines) == 4 and "1.00 [" in lines[2] and lines[3].split()[-1] == "-"
 
 
+def test_the_figures_show_every_judge_and_every_bin():
+    """A dot for what was measured, none where nothing was to be measured."""
+    from common.plots.judging import calibration_curve, judges_side_by_side
+
+    rows = agreement([GOOD, FIRST, MUTE], MANY)
+    kappas, first, longer = judges_side_by_side(rows, "Judges").axes
+    assert [label.get_text() for label in kappas.get_yticklabels()] == ["mute", "first", "good"]
+    dots = [sum(line.get_marker() == "o" for line in ax.lines) for ax in (kappas, first, longer)]
+    assert dots == [2, 2, 1]
+    curve = calibration_curve(calibration([0.1, -0.1, 2.0, 3.0], bins=2)).axes[0]
+    assert len(curve.containers[0][0].get_xdata()) == 2
+
+
+def test_where_there_is_no_language_model_one_line_says_so(tmp_path, monkeypatch, capsys):
+    from deploy.local_judge import by_language_model
+
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    monkeypatch.delenv("LAB_JUDGE_URL", raising=False)
+    assert by_language_model(GOOD, MANY) == ([], []) and table([]) == ""
+    said = capsys.readouterr().out
+    assert said.startswith("not measured: a language model as judge (LAB_JUDGE_URL is not set")
+
+
+def test_the_service_that_is_set_judges_beside_the_yardstick(fake, tmp_path, monkeypatch):
+    """A good judge of pairs, whose grades cannot be read: κ is 1, and 0."""
+    from deploy.local_judge import by_language_model
+
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    fake.answer = lambda body, number: by_word(body) if "Answer A" in str(body) else "Fine."
+    (_, pairs, single), judges = by_language_model(GOOD, MANY[:12])
+    assert pairs["kappa"][0] == 1 and pairs["won"] == 12
+    assert (single["unreadable"], single["kappa"][0]) == (12, 0)
+    assert judges[1].counts == {"not readable": 24 * 2}  # grades asked for in both orders
+
+
+def test_a_server_whose_port_changes_is_known_by_its_name(fake, tmp_path):
+    """The second one has another address, and the kept replies of the first."""
+    fake.answer, asked = (lambda body, number: "Yes."), [[{"role": "user", "content": "Is it?"}]]
+    [reply] = judge_endpoint(cache=tmp_path, known_as="mine").ask_all(asked)
+    moved = judge_endpoint("http://127.0.0.1:9/v1", "judge", cache=tmp_path, known_as="mine")
+    [again] = moved.ask_all(asked)
+    assert again == reply | {"cached": True} and not reply["cached"] and reply["text"] == "Yes."
+
+
 def test_the_rule_says_why():
     """From the world's own pairs: points and flaws of both answers."""
     world = World(4)

@@ -26,8 +26,10 @@ WHY = "NOT TESTED: no real model. Run `make model`, and set SMOLLM_DIR to the fo
 RUN = (
     "1.7-DPO_Alignment/01",
     "1.7-DPO_Alignment/02",
+    "1.7-DPO_Alignment/03",
     "1.8-ORPO_Alignment/01",
     "1.8-ORPO_Alignment/02",
+    "1.8-ORPO_Alignment/04",
 )
 NOT_YET = [notebook for notebook in NOTEBOOKS if not any(name in notebook for name in RUN)]
 
