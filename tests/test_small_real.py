@@ -23,8 +23,6 @@ from tools.align import MEASURES
 pytestmark = pytest.mark.more
 FOLDER = os.environ.get("SMOLLM_DIR", "")
 WHY = "NOT TESTED: no real model. Run `make model`, and set SMOLLM_DIR to the folder that it names."
-# These may still ask for the toy world's rule. One that runs must leave the list.
-NOT_YET = ["Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb"]
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +39,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_on_the_small_real_model(notebook, environment, request):
-    """A notebook that is not told again yet may fail. One that passes must leave the list."""
-    if notebook in NOT_YET:
-        request.applymarker(pytest.mark.xfail(reason="asks for the toy world's rule", strict=True))
+def test_notebook_runs_on_the_small_real_model(notebook, environment):
     run_by_itself(notebook, environment)
 
 
