@@ -39,8 +39,8 @@ def language_judge(tokens: int = VERDICT_TOKENS) -> Iterator[Endpoint | None]:
 def by_language_model(
     yardstick: Judge, questions: list[tuple[str, str, str]], tokens: int = VERDICT_TOKENS
 ) -> tuple[list[dict], list[LanguageJudge]]:
-    """(rows of `agreement`, the judges) of a language model beside a yardstick: pairs of answers,
-    and each answer alone.
+    """(rows of `agreement`, the judges) of a language model beside a yardstick, asked for a
+    verdict with reasons, and for a bare choice.
 
     Returns: two empty lists where there is no model, and one line that says so.
     Raises: as `language_judge`.
@@ -50,5 +50,6 @@ def by_language_model(
             why = "LAB_JUDGE_URL is not set, and `make model` was not run"
             not_measured("a language model as judge", why)
             return [], []
-        judges = [LanguageJudge(endpoint, single, progress=False) for single in (False, True)]
+        forms = ("pairwise", "forced")
+        judges = [LanguageJudge(endpoint, form, progress=False) for form in forms]
         return agreement([yardstick, *judges], questions), judges

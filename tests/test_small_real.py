@@ -28,6 +28,7 @@ RUN = (
     "1.7-DPO_Alignment/01",
     "1.7-DPO_Alignment/02",
     "1.7-DPO_Alignment/03",
+    "1.7-DPO_Alignment/04",
     "1.8-ORPO_Alignment/01",
     "1.8-ORPO_Alignment/02",
     "1.8-ORPO_Alignment/04",
