@@ -31,6 +31,7 @@ RUN = (
     "1.7-DPO_Alignment/04",
     "1.8-ORPO_Alignment/01",
     "1.8-ORPO_Alignment/02",
+    "1.8-ORPO_Alignment/03",
     "1.8-ORPO_Alignment/04",
 )
 NOT_YET = [notebook for notebook in NOTEBOOKS if not any(name in notebook for name in RUN)]
