@@ -23,18 +23,6 @@ from tools.align import MEASURES
 pytestmark = pytest.mark.more
 FOLDER = os.environ.get("SMOLLM_DIR", "")
 WHY = "NOT TESTED: no real model. Run `make model`, and set SMOLLM_DIR to the folder that it names."
-# All but these still ask for the toy world's rule. One that runs joins them.
-RUN = (
-    "1.7-DPO_Alignment/01",
-    "1.7-DPO_Alignment/02",
-    "1.7-DPO_Alignment/03",
-    "1.7-DPO_Alignment/04",
-    "1.8-ORPO_Alignment/01",
-    "1.8-ORPO_Alignment/02",
-    "1.8-ORPO_Alignment/03",
-    "1.8-ORPO_Alignment/04",
-)
-NOT_YET = [notebook for notebook in NOTEBOOKS if not any(name in notebook for name in RUN)]
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +39,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS)
-def test_notebook_runs_on_the_small_real_model(notebook, environment, request):
-    """A notebook that is not told again yet may fail. One that passes must leave the list."""
-    if notebook in NOT_YET:
-        request.applymarker(pytest.mark.xfail(reason="asks for the toy world's rule", strict=True))
+def test_notebook_runs_on_the_small_real_model(notebook, environment):
     run_by_itself(notebook, environment)
 
 
