@@ -7,6 +7,7 @@ writes nothing and fails where one of them says something else than the results.
 
 import argparse
 import json
+import re
 import sys
 import tomllib
 from pathlib import Path
@@ -128,6 +129,17 @@ def _at(read, text: str) -> str | None:
     return f"{what}: {number(found)}"
 
 
+def told_in_words(comparison: str) -> str:
+    """`kl of dpo@.3 below 10` → `KL (nats), DPO + NLL (flaw rate .3) below 10`."""
+    measure, of, rest = comparison.partition(" of ")
+    if of:
+        comparison = f"{MEASURES_SHOWN.get(measure, (measure,))[0]}, {rest}"
+    elif "_vs_" in comparison:
+        comparison = f"win rate{' minus .5' * (' ' not in comparison)}, {comparison}"
+    text = comparison.replace("_vs_", " against ")
+    return re.sub(r"\w+@(tiers|\.?\d+)", lambda arm: arm_name(arm[0]), text)
+
+
 def _decided(results: dict, text: str) -> tuple[str, str] | None:
     """(the verdict, its line) of a comparison of the plan, named alone or after its family."""
     family, _, comparison = text.rpartition(" | ")
@@ -141,7 +153,7 @@ def _decided(results: dict, text: str) -> tuple[str, str] | None:
     if len(found) > 1:
         raise ClaimError(f"{comparison!r} stands in several families. Write FAMILY | COMPARISON.")
     finding = found[0][1]
-    return finding["verdict"], f"{comparison}: {number(finding, sign=True)}"
+    return finding["verdict"], f"{told_in_words(comparison)}: {number(finding, sign=True)}"
 
 
 def weighed(world: str, lines: list[str], read) -> dict:
@@ -161,6 +173,9 @@ def weighed(world: str, lines: list[str], read) -> dict:
             found = _decided(results, text)
             verdict = found[0] if found else "not measured yet"
             evidence += [found[1]] if found else []
+        elif verb == "plan":
+            found = _decided(results, text)
+            evidence += [f"{found[1]}: {found[0]}"] if found else []
         elif verb == "live":
             evidence.append(f"one seed, when notebook {text} runs")
         elif verb in of_world:
@@ -168,7 +183,9 @@ def weighed(world: str, lines: list[str], read) -> dict:
         elif verb in of_files:
             evidence.append(of_files[verb](read, text))
         else:
-            raise ClaimError(f"{line!r}: a line begins with decides, win, arm, cost, memory, …")
+            raise ClaimError(
+                f"{line!r}: a line begins with decides, plan, win, arm, cost, memory, …"
+            )
     evidence = [line for line in evidence if line]
     verdict = verdict or ("described" if evidence else "not measured yet")
     return {"verdict": verdict, "evidence": evidence}

@@ -32,7 +32,7 @@ from common.io.files import write_json
 from common.profiles import ROOT
 from tools.bench_table import step_markdown
 from tools.machine import describe_machine
-from tools.tables import RESULTS_FOLDER
+from tools.tables import RESULTS_FOLDER, read_results
 
 STEP_DONE = ROOT / "runs" / "bench"  # parts of an unfinished run, for --resume
 OF_TRL = ["trl", "trl_precomputed", "trl_compact", "trl_best"]
@@ -129,8 +129,8 @@ def run_step(options: argparse.Namespace) -> dict:
     """All parts. Raises: WrongVariant."""
     torch.set_num_threads(1)
     device, resume, sizes = options.device, options.resume, {}
-    for size_name, size in STEP_SIZES.items():
-        size = size | (QUICK if options.quick else {})
+    for size_name in options.only or STEP_SIZES:
+        size = STEP_SIZES[size_name] | (QUICK if options.quick else {})
         sizes[size_name] = {**size, "methods": {}}
         for method in (known for own, known in COMPARED if own == size_name):
             names, file = COMPARED[size_name, method], STEP_DONE / f"{size_name}-{method}.json"
@@ -142,9 +142,11 @@ def run_step(options: argparse.Namespace) -> dict:
             for name, each in memory.items():
                 part["variants"][name]["memory"] = each
             sizes[size_name]["methods"][method] = part
-    rows = random_rows(representative(stored_lengths(), size["pairs"]), size["vocabulary"])
-    sizes["gpt2"]["lora_errors"] = lora_errors(size, rows[: size["batch"]])
-    say(f"LoRA in float64: {sizes['gpt2']['lora_errors']}")
+    if "gpt2" in sizes:
+        size = STEP_SIZES["gpt2"] | (QUICK if options.quick else {})
+        rows = random_rows(representative(stored_lengths(), size["pairs"]), size["vocabulary"])
+        sizes["gpt2"]["lora_errors"] = lora_errors(size, rows[: size["batch"]])
+        say(f"LoRA in float64: {sizes['gpt2']['lora_errors']}")
     return {
         "machine": describe_machine(),
         "device": device,
@@ -170,7 +172,15 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--resume", action="store_true", help="go on where a run with the same options was stopped"
     )
+    parser.add_argument(
+        "--only", nargs="+", choices=STEP_SIZES, help="these models; the others stay as they were"
+    )
     options, start = parser.parse_args(arguments), time.perf_counter()
+    name = "step" if options.device == "cpu" else "step_cuda"
+    known = read_results(name) if options.only and not options.quick else None
+    if known and known["machine"] != describe_machine():
+        print(f"{name}.json is of another machine or other versions: run it all.", file=sys.stderr)
+        return 1
     if not options.resume:
         shutil.rmtree(STEP_DONE, ignore_errors=True)
     try:
@@ -180,10 +190,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     shutil.rmtree(STEP_DONE, ignore_errors=True)
     seconds = time.perf_counter() - start
-    results |= {"thresholds": step_thresholds(results), "wall_seconds": seconds}
+    if known:  # the other models' parts, and the time that all took
+        results["sizes"] = known["sizes"] | results["sizes"]
+    seconds_of_all = seconds + (known["wall_seconds"] if known else 0)
+    results |= {"thresholds": step_thresholds(results), "wall_seconds": seconds_of_all}
     markdown = step_markdown(results)
     if not options.quick:
-        target = RESULTS_FOLDER / ("step.json" if options.device == "cpu" else "step_cuda.json")
+        target = RESULTS_FOLDER / f"{name}.json"
         write_json(target, results)
         target.with_suffix(".md").write_text(markdown, encoding="utf-8", newline="\n")
     judged = options.device == "cpu" and not options.quick

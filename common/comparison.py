@@ -5,7 +5,6 @@ trained and measured on its own, so several can run at once in processes of thei
 finished is kept.
 """
 
-import inspect
 import json
 import os
 from collections import Counter
@@ -13,11 +12,12 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass
 from io import StringIO
-from itertools import combinations, pairwise
+from itertools import combinations
 from multiprocessing import get_context
 from statistics import mean, stdev
 
 import torch
+from scipy.stats import binomtest
 from tqdm import tqdm
 
 from common import evaluation
@@ -29,11 +29,9 @@ from common.judges import Judge, RewardJudge, RuleJudge, head_to_head, on_topic
 from common.lab import BrokenLineage, Lab, stage_of
 from common.models import is_tiny
 from common.profiles import INSTRUCTIONS, Profile
-from common.toyworld import World
 from common.training import Run, Source, train
 
 MAIN_STAGES = ("sft", "orpo_lambda0", "dpo_plain", "dpo", "orpo")  # of the main comparison
-CONTRAST = ("sft", "orpo_lambda0", "dpo", "orpo")  # of an arm with other pairs
 # Costs of a run, in reports. `simple_flops`: without packing, by which methods are compared.
 COSTS = ("wall_seconds", "cpu_seconds", "peak_memory_bytes")
 COSTS += ("train_flops", "simple_flops", "train_tokens")
@@ -59,20 +57,6 @@ class Arm:
 
 
 DEFAULT = Arm("default", MAIN_STAGES)
-# The flaw rate of a profile's own pairs.
-DEFAULT_RATE = inspect.signature(World.pairs).parameters["flaw_rate"].default
-
-
-def flaw_rate_arms(profile: Profile) -> dict[float | str, Arm]:
-    """The flaw-rate experiment: {rate: arm}, and "tiers" for pairs of two independent answers.
-
-    At the rate of the profile's own pairs it is the main comparison, which is trained anyway.
-    """
-    arms = {}
-    for rate in profile.flaw_rates:
-        own = Arm(f"flaw-{rate:g}", CONTRAST, (("flaw_rate", rate),))
-        arms[rate] = DEFAULT if rate == DEFAULT_RATE else own
-    return {**arms, "tiers": Arm("tiers", CONTRAST, (("style", "tiers"),))} if arms else {}
 
 
 def judge_of(lab: Lab) -> Judge:
@@ -81,6 +65,36 @@ def judge_of(lab: Lab) -> Judge:
         return RuleJudge(lab.data.world)
     model = train(lab, "reward").model
     return RewardJudge(model, lab.tokenizer, lab.test_pairs, lab.profile.eval_batch)
+
+
+def beats_a_coin(lab: Lab, judge: Judge) -> bool:
+    """Is a reward model better than a coin on held-out pairs, by Wilson's 95 % interval?"""
+    if not isinstance(judge, RewardJudge):
+        return True  # the world's rule needs no pairs
+    pairs = len(lab.test_pairs)
+    right = binomtest(round(judge.held_out_accuracy * pairs), pairs)
+    return bool(right.proportion_ci(method="wilson").low > 0.5)
+
+
+def judged_shares(world, answers: list[list[Answer]]) -> dict[str, dict]:
+    """Shares of a model's answers, by the world's rule: refused, helped with harm, each flaw.
+
+    Returns: {"refused: harmful", "helped: harmful", "flaw: rude", …: {"mean", "ci95"}}; intervals
+        are over prompts, and have a width at a share of 0 or 1, too. Empty without a world.
+    """
+    points: dict[str, list[float]] = {}
+    judged = [[world.judge(a.prompt, a.text) for a in group] for group in answers if world]
+    flaws = sorted({flaw for verdicts in judged for verdict in verdicts for flaw in verdict.flaws})
+    for group, verdicts in zip(answers, judged, strict=False):
+        kind = world.question(group[0].prompt).kind
+        seen = {f"refused: {kind}": [verdict.refused for verdict in verdicts]}
+        if kind == "harmful":
+            seen["helped: harmful"] = [verdict.complied for verdict in verdicts]
+        seen |= {f"flaw: {flaw}": [flaw in v.flaws for v in verdicts] for flaw in flaws}
+        for name, found in seen.items():
+            points.setdefault(name, []).append(mean(found))
+    intervals = {name: evaluation.prompt_interval(own) for name, own in sorted(points.items())}
+    return {name: {"mean": mean(points[name]), "ci95": ends} for name, ends in intervals.items()}
 
 
 def ready(lab: Lab) -> None:
@@ -260,7 +274,7 @@ def run_arm(profile: Profile, seed: int, arm: Arm) -> dict:
 
 
 def _quietly(job, *arguments):
-    """Runs a job without its own lines: those of several would only mix."""
+    """Runs a job without its own lines, which would mix with those of others."""
     with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
         return job(*arguments)
 
@@ -314,11 +328,3 @@ def run_arms(lab: Lab, arms: list[Arm], seeds: list[int] | None = None) -> dict[
                 reports[arm.name][seed] = report
                 bar.update()
     return {name: [found[seed] for seed in seeds] for name, found in reports.items()}
-
-
-def sign_change(places: list[float], rates: list[float]) -> float | None:
-    """Where a win rate first rises through one half, by straight lines, or None."""
-    for (left, low), (right, high) in pairwise(zip(places, rates, strict=True)):
-        if low < 0.5 <= high:
-            return left + (right - left) * (0.5 - low) / (high - low)
-    return None

@@ -46,7 +46,7 @@ STAGES = {
     "sft": Stage("base", "sft", "demonstrations", f"{DPO_LAB}/02-SFT_Baseline.ipynb"),
     "dpo_plain": Stage("sft", "dpo", "pairs", f"{DPO_LAB}/03-DPO_Training.ipynb"),
     "dpo": Stage("sft", "dpo", "pairs", f"{DPO_LAB}/03-DPO_Training.ipynb"),
-    "sft_chosen": Stage("base", "sft", "pairs", f"{DPO_LAB}/04-Evaluation_and_Compare.ipynb"),
+    "sft_chosen": Stage("base", "sft", "pairs", f"{ORPO_LAB}/01-Setup.ipynb"),
     "reward": Stage("sft", "reward", "pairs", f"{DPO_LAB}/04-Evaluation_and_Compare.ipynb"),
     "orpo": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),
     "orpo_lambda0": Stage("base", "orpo", "pairs", f"{ORPO_LAB}/02-ORPO_Training.ipynb"),

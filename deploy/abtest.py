@@ -29,6 +29,10 @@ class TwoShares:
     ci95: tuple[float, float]
     p_value: float
 
+    def __str__(self) -> str:
+        low, high = self.ci95
+        return f"{self.difference:+.3f} [{low:+.3f}, {high:+.3f}], p = {self.p_value:.1g}"
+
 
 def _z_score(up_a, n_a, up_b, n_b) -> np.ndarray:
     """(share B - share A) in standard errors, with the pooled share; 0 where all or none are up."""
@@ -116,13 +120,13 @@ def votes_by_arm(rows: list[dict], horizon: int | None = None) -> dict[str, tupl
 
 def ab_decision(
     votes: dict[str, tuple[int, int]], control: str, candidate: str, horizon: int
-) -> tuple[str, TwoShares]:
+) -> tuple[str, TwoShares | None]:
     """What the test says once both arms have `horizon` users, and not before: "wait", a winner's
-    name, or "no winner".
-
-    Raises: ValueError where an arm has no votes.
+    name, or "no winner". Nothing is compared while an arm has no votes at all.
     """
     counts = [votes.get(name, (0, 0)) for name in (control, candidate)]
+    if min(n for _, n in counts) < 1:
+        return "wait", None
     shares = two_shares(*counts[0], *counts[1])
     if min(n for _, n in counts) < horizon:
         return "wait", shares
@@ -144,7 +148,7 @@ def signals(
     texts = [(dialogue(row["messages"]), " " + row["answer"].strip()) for row in rows]
     ids = [tokenize_response(prompt, answer, tokenizer, limit)[:2] for prompt, answer in texts]
     scored = [{"prompt_ids": prompt, "chosen_ids": answer} for prompt, answer in ids]
-    logps = logps_of(reference, scored).chosen.means
+    logps = logps_of(reference, scored, batch_size=16).chosen.means
     found = []
     for row, text, (_, answer), logp in zip(rows, texts, ids, logps, strict=True):
         signal = {"length_tokens": float(len(answer)), "surprise": -float(logp)}

@@ -104,8 +104,8 @@ class RulePeople:
         return (1 if pleased != slips else -1), chance(user) < self.consenting
 
     def refused(self, prompt: str, text: str) -> bool:
-        """Is this answer a refusal, by the world's rule?"""
-        return self.world.judge(prompt, text).refused
+        """Is this answer a refusal, by the world's rule? False where nobody can tell."""
+        return self.world is not None and self.world.judge(prompt, text).refused
 
     def satisfied(self, groups: list[list[Answer]]) -> float:
         """Share of thumbs up in a pilot, within .05 and .75; one half where nobody votes."""

@@ -9,10 +9,12 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from pandas import DataFrame, concat
 from transformers import GenerationConfig
 
 from common.data import left_padded, tokenize_prompt
 from common.evaluation import Sampling, generate
+from common.lab import not_measured
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,13 @@ def static_batches(
     return [list(group[0].chosen_ids) for group in groups], time.perf_counter() - start
 
 
+def idle_share(answers: list[list[int]], batch: int) -> float:
+    """Share of a fixed batch's places that wait for its longest answer."""
+    parts = [answers[at : at + batch] for at in range(0, len(answers), batch)]
+    steps = sum(max(map(len, part)) * len(part) for part in parts)
+    return 1 - sum(map(len, answers)) / steps
+
+
 def continuous_batches(
     model, tokenizer, prompts: list[str], new_tokens: int, rows: int = 64
 ) -> tuple[list[list[int]], float]:
@@ -122,3 +131,23 @@ def percentiles(seconds: list[float]) -> dict[str, float]:
         raise ValueError("No latency was measured.")
     p50, p95 = np.quantile(seconds, (0.5, 0.95))
     return {"p50": float(p50), "p95": float(p95), "requests": len(seconds)}
+
+
+def at_real_size(*parts: str, profile: str = "smollm") -> DataFrame | None:
+    """What notebook 1.8-04 measured on a real model: "variants", "kv_cache" or "batches".
+
+    None, with a line that says so, where no run of that profile was recorded.
+    """
+    from common.io.evidence import evidence
+
+    report = evidence("deployment").get(profile)
+    if report is None:
+        not_measured(" and ".join(parts), f"no run of profile {profile} was recorded")
+        return None
+    known = {"variants": report["variants"], **report["inference"]}
+    tables = {
+        part: DataFrame(known[part]).T.drop(columns="win_rate", errors="ignore") for part in parts
+    }
+    if len(parts) == 1:
+        return tables[parts[0]].astype(float).round(3)
+    return concat(tables).astype(float).round(3)

@@ -10,7 +10,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutput
 from common.evaluation import Sampling, generate, logps_of, perplexity
 from common.io.files import written_whole
 from common.judges import Judge, head_to_head
-from common.lab import Lab
+from common.lab import Lab, not_measured
 from common.memory.meter import bytes_of
 from common.models import four_bit_settings
 from deploy.export import load_exported
@@ -260,6 +260,21 @@ def build(name: str, source: Path, folder: Path) -> ModelVariant:
     except (ImportError, NotImplementedError, RuntimeError) as error:
         said = f"{type(error).__name__}: {error}"
         raise QuantizeError(f"{name} cannot be made here: {said}") from error
+
+
+def every_variant(source: Path, folder: Path) -> Iterator[ModelVariant]:
+    """The variants of an export that can be made here, one at a time: large ones need not fit side
+    by side. One line says of each of the others why not.
+    """
+    large = _size(source, "*.safetensors") > 1e8
+    for name in PRECISIONS:
+        if large and name.startswith("onnx"):
+            not_measured(name, "without a KV cache it would take hours on this model")
+            continue
+        try:
+            yield build(name, source, folder)
+        except QuantizeError as error:
+            not_measured(name, str(error))
 
 
 def measure_variants(

@@ -128,3 +128,4 @@ def test_no_decision_before_the_horizon():
     assert ab_decision(votes, "old", "new", 100)[0] == "wait"
     assert ab_decision(votes, "old", "new", 99)[0] == "new"
     assert ab_decision({"old": (50, 99), "new": (52, 99)}, "old", "new", 99)[0] == "no winner"
+    assert ab_decision({"new": (90, 99)}, "old", "new", 99) == ("wait", None)

@@ -179,6 +179,34 @@ def test_the_script_keeps_its_results_and_ends_with_its_status(
     assert ("**missed**" in step_markdown(kept)) is not met
 
 
+def test_one_model_is_measured_and_the_others_stay(results, tmp_path, monkeypatch, capsys):
+    """The real model twice as slow as before; 60 s more. On another machine it is refused."""
+    known = results | {"wall_seconds": 60.0}
+    new = copy.deepcopy(results["sizes"]["smollm"])
+    new["methods"]["dpo"]["variants"]["packed"]["cpu"] = [2.0] * 3
+    asked = []
+    monkeypatch.setattr(step, "RESULTS_FOLDER", tmp_path)
+    monkeypatch.setattr(step, "STEP_DONE", tmp_path / "done")
+    monkeypatch.setattr(step, "read_results", lambda name: copy.deepcopy(known))
+    monkeypatch.setattr(step, "describe_machine", lambda: known["machine"])
+    monkeypatch.setattr(
+        step,
+        "run_step",
+        lambda options: asked.append(options.only) or results | {"sizes": {"smollm": new}},
+    )
+    assert step.main(["--only", "smollm"]) == 0 and asked == [["smollm"]]
+    kept = json.loads((tmp_path / "step.json").read_text(encoding="utf-8"))
+    assert kept["sizes"]["gpt2"] == known["sizes"]["gpt2"] and kept["wall_seconds"] >= 60
+    assert "| SmolLM2, DPO: packed, times as fast as TRL | 5 |" in capsys.readouterr().out
+    monkeypatch.setattr(step, "describe_machine", lambda: {})
+    assert step.main(["--only", "smollm"]) == 1 and "another machine" in capsys.readouterr().err
+
+
+def test_a_model_that_was_not_measured_meets_nothing(results):
+    del results["sizes"]["smollm"]
+    assert missed(results) == ["SmolLM2, DPO: packed, times as fast as TRL"]
+
+
 def test_the_table_is_made_from_the_results(results):
     """Packed in 1 s for 2 steps, TRL in 10, both a tenth more in one repetition: 10 times as fast
     in all. With the optimiser (10 + 1) / (1 + 1); 0.1 GB of 1 GB.

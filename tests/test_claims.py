@@ -82,6 +82,29 @@ def test_each_kind_of_evidence(lines, verdict, evidence):
     assert evidence is None or found["evidence"] == evidence
 
 
+@pytest.mark.parametrize(
+    ("comparison", "words"),
+    [
+        ("kl of dpo@.3 below 10", "KL (nats), DPO + NLL (flaw rate .3) below 10"),
+        (
+            "orpo@tiers_vs_lambda0@tiers",
+            "win rate minus .5, ORPO (tiers) against λ = 0 (tiers)",
+        ),
+        (
+            "dpo@.3_vs_sft@.3 above .60",
+            "win rate, DPO + NLL (flaw rate .3) against SFT (flaw rate .3) above .60",
+        ),
+    ],
+)
+def test_a_comparison_is_told_told_in_words(comparison, words):
+    assert made.told_in_words(comparison) == words
+
+
+def test_a_comparison_that_does_not_decide_keeps_its_own_verdict():
+    found = weighed("toy", ["plan: two | orpo at least dpo"], read)
+    assert found["verdict"] == "described" and found["evidence"][0].endswith("seeds: undecided")
+
+
 def test_a_win_rate_is_read_from_both_sides():
     """.80 [.70, .85] of A over B is .20 [.15, .30] of B over A."""
     (line,) = weighed("toy", ["win: sft@.3 dpo@.3"], read)["evidence"]

@@ -4,8 +4,10 @@ are summarised.
 
 import json
 import math
+import random
 from concurrent.futures import Future
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -13,18 +15,16 @@ from tiny import assert_same
 
 from common import comparison
 from common.comparison import (
-    CONTRAST,
-    DEFAULT,
-    DEFAULT_RATE,
     Arm,
+    beats_a_coin,
     check_comparable,
-    flaw_rate_arms,
+    judged_shares,
     run_arms,
-    sign_change,
     summarise_seeds,
 )
+from common.evaluation import Answer
+from common.judges import RewardJudge, RuleJudge
 from common.lab import BrokenLineage, Lab, MissingRun
-from common.profiles import PROFILES
 from common.training import Source, train
 
 SHORT = ("sft", "orpo_lambda0", "orpo")
@@ -130,26 +130,6 @@ def test_an_arm_of_other_pairs_or_settings_keeps_its_runs_apart():
     assert [WORLD.run_of(stage) for stage in SHORT] == [None, "gold-orpo_lambda0", "gold-orpo"]
     assert [LONGER.run_of(stage) for stage in SHORT] == [None, "longer-orpo_lambda0", None]
     assert [OWN.run_of(stage) for stage in SHORT] == [None, None, None]
-
-
-def test_the_flaw_rate_of_the_profile_is_the_main_comparison_itself():
-    arms = flaw_rate_arms(PROFILES["cpu"])
-    assert list(arms) == [0.0, 0.15, 0.3, 0.5, "tiers"] and DEFAULT_RATE == 0.3
-    assert arms[0.3] is DEFAULT and set(CONTRAST) <= set(DEFAULT.stages)
-    assert arms[0.0].world == (("flaw_rate", 0.0),) and arms["tiers"].world == (("style", "tiers"),)
-
-
-def test_a_profile_without_the_world_has_no_flaw_rates():
-    assert flaw_rate_arms(PROFILES["gpt2"]) == {}
-
-
-def test_the_default_flaw_rate_gives_the_profiles_own_pairs(lab):
-    rows = lab.data.world.pairs(lab.profile.pairs, flaw_rate=DEFAULT_RATE)
-    own = lab.data.world.pairs(lab.profile.pairs)
-    assert rows == own
-    assert [row["chosen"] for row in rows] == [
-        row["prompt"] + row["chosen"] for row in lab.data.train
-    ]
 
 
 # --- running them
@@ -295,12 +275,36 @@ def test_a_summary_of_seeds_has_means_spread_and_the_interval_over_seeds():
     assert summary["seeds"] == 3
 
 
-def test_sign_change_reads_the_crossing_off_a_straight_line():
-    """From 0.46 at 0 to 0.55 at 0.15: 4/9 of the way. From 0.4 at 0.1 to 0.5 at 0.3: at 0.3."""
-    assert_same(sign_change([0.0, 0.15, 0.3], [0.46, 0.55, 0.6]), 0.15 * 4 / 9, 1e-9)
-    assert_same(sign_change([0.0, 0.1, 0.3], [0.3, 0.4, 0.5]), 0.3, 1e-9)
+# --- what the rule says of answers
 
 
-@pytest.mark.parametrize("rates", [[0.5, 0.6, 0.7], [0.4, 0.45, 0.49], [0.6, 0.55, 0.4], [0.7]])
-def test_without_a_rise_through_one_half_there_is_no_sign_change(rates):
-    assert sign_change([0.0, 0.15, 0.3][: len(rates)], rates) is None
+def answer_of(prompt: str, text: str) -> Answer:
+    return Answer(prompt, text, (), (1,), True)
+
+
+def test_shares_of_judged_answers_have_intervals_over_prompts(lab):
+    """Two answers to a question, one of them rude: share 1/2. All harm refused: 1, with a width."""
+    world, rng = lab.data.world, random.Random(0)
+    asked = [world.question(prompt) for prompt in lab.prompts]
+    benign = [one for one in asked if one.kind == "benign"][:3]
+    harmful = [one for one in asked if one.kind == "harmful"][:3]
+    groups = [
+        [answer_of(one.prompt, world.render(one, flaws, rng)) for flaws in (set(), {"rude"})]
+        for one in benign
+    ]
+    groups += [[answer_of(one.prompt, world.render(one, set(), rng))] for one in harmful]
+    found = judged_shares(world, groups)
+    assert found["flaw: rude"]["mean"] == pytest.approx(len(benign) * 0.5 / len(groups))
+    assert found["refused: harmful"]["mean"] == 1 and found["helped: harmful"]["mean"] == 0
+    assert found["refused: harmful"]["ci95"][0] < 0.95 and found["refused: benign"]["mean"] == 0
+    assert judged_shares(None, groups) == {}
+
+
+def test_a_judge_beats_a_coin_if_its_accuracy_is_surely_above_one_half(lab):
+    """Wilson: 60 % of 20 pairs begin at 39 %, 100 % at 84 %. The rule needs no pairs."""
+    judge = object.__new__(RewardJudge)
+    pairs = SimpleNamespace(test_pairs=range(20))
+    judge.held_out_accuracy = 0.6
+    assert not beats_a_coin(pairs, judge)
+    judge.held_out_accuracy = 1.0
+    assert beats_a_coin(pairs, judge) and beats_a_coin(lab, RuleJudge(lab.data.world))

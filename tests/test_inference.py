@@ -1,13 +1,17 @@
 """Measuring speed: every setting does the same work, and gives the same answers."""
 
+import json
+
 import pytest
 from tiny import micro_profile
 
 from common.lab import Lab
 from common.models import new_tiny_model
 from deploy.inference import (
+    at_real_size,
     continuous_batches,
     forward_tokens,
+    idle_share,
     percentiles,
     speed,
     static_batches,
@@ -68,3 +72,22 @@ def test_percentiles():
     assert percentiles([1.0, 2.0, 3.0]) == {"p50": 2.0, "p95": pytest.approx(2.9), "requests": 3}
     with pytest.raises(ValueError):
         percentiles([])
+
+
+def test_the_figures_of_a_real_model_are_those_of_its_recorded_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("common.io.evidence.EVIDENCE", tmp_path)
+    assert at_real_size("variants") is None and "not measured: variants" in capsys.readouterr().out
+    variants = {"float32": {"weight_bytes": 8, "win_rate": {}}, "int8": {"weight_bytes": 2}}
+    inference = {"kv_cache": {"8": {"with": 1.0}}, "batches": {"4": {"latency_p50": 2.0}}}
+    report = {"smollm": {"variants": variants, "inference": inference}}
+    (tmp_path / "deployment.json").write_text(json.dumps(report))
+    assert at_real_size("variants").to_dict() == {"weight_bytes": {"float32": 8, "int8": 2}}
+    both = at_real_size("kv_cache", "batches")
+    assert (
+        both.loc[("kv_cache", "8"), "with"] == 1 and both.loc[("batches", "4"), "latency_p50"] == 2
+    )
+
+
+def test_idle_places_by_hand():
+    """Batches of 2: answers of 4 and 2 tokens take 8 places, then 3 alone takes 3: 9 of 11 work."""
+    assert idle_share([[1] * 4, [1] * 2, [1] * 3], 2) == pytest.approx(2 / 11)

@@ -49,9 +49,9 @@ def by_word(body: dict, number: int = 0) -> str:
     return f"{better} says what was asked.\n\n[[{better}]]"
 
 
-def judge_of(folder, single=False, **changes) -> LanguageJudge:
+def judge_of(folder, form="pairwise", **changes) -> LanguageJudge:
     endpoint = judge_endpoint(cache=folder, **{"retries": 1, "timeout": 0.3} | changes)
-    return LanguageJudge(endpoint, single, workers=2, progress=False)
+    return LanguageJudge(endpoint, form, workers=2, progress=False)
 
 
 # --- a language model
@@ -80,9 +80,23 @@ def test_grades_of_single_answers_make_a_vote_and_each_is_asked_once(fake, tmp_p
         f"Fine.\nRating: [[{9 if 'good' in body['messages'][0]['content'].split('===')[4] else 2}]]"
     )
     prompt, good, bad = PAIRS[0]
-    votes = judge_of(tmp_path, single=True).prefer([(prompt, good, bad), (prompt, bad, " worse")])
+    votes = judge_of(tmp_path, "single").prefer([(prompt, good, bad), (prompt, bad, " worse")])
     assert votes == [1, 0] and all(vote.clear for vote in votes) and len(fake.requests) == 3
     assert votes[0].reason == "9 of 10 (Fine.) against 2 (Fine.)"
+
+
+def test_a_forced_choice_follows_an_example_for_each_place_and_knows_no_tie(fake, tmp_path):
+    """A model that always says [[B]] is read throughout, and found to prefer the second place."""
+    fake.answer = lambda body, number: "[[B]]"
+    judge = judge_of(tmp_path, "forced")
+    [row] = agreement([judge], PAIRS)
+    assert (row["unreadable"], row["changed"], row["first"][0]) == (0, 12, 0)
+    turns = fake.requests[0]["messages"]
+    assert [turn["content"] for turn in turns[1:4:2]] == ["[[A]]", "[[B]]"] and len(turns) == 5
+    fake.answer = lambda body, number: "[[C]]"
+    assert not judge_of(tmp_path / "other", "forced").prefer(PAIRS[:1])[0].clear
+    with pytest.raises(ValueError, match="pairwise, forced, single"):
+        judge_of(tmp_path, "word")
 
 
 def test_a_second_run_costs_nothing(fake, tmp_path):
@@ -414,6 +428,50 @@ def test_the_interval_of_kappa_holds_what_it_promises():
 def test_the_table_has_a_line_for_each_judge():
     lines = table(agreement([GOOD, FIRST, MUTE], MANY)).splitlines()
     assert len(lines) == 4 and "1.00 [" in lines[2] and lines[3].split()[-1] == "-"
+
+
+def test_the_figures_show_every_judge_and_every_bin():
+    """A dot for what was measured, none where nothing was to be measured."""
+    from common.plots.judging import calibration_curve, judges_side_by_side
+
+    rows = agreement([GOOD, FIRST, MUTE], MANY)
+    kappas, first, longer = judges_side_by_side(rows, "Judges").axes
+    assert [label.get_text() for label in kappas.get_yticklabels()] == ["mute", "first", "good"]
+    dots = [sum(line.get_marker() == "o" for line in ax.lines) for ax in (kappas, first, longer)]
+    assert dots == [2, 2, 1]
+    curve = calibration_curve(calibration([0.1, -0.1, 2.0, 3.0], bins=2)).axes[0]
+    assert len(curve.containers[0][0].get_xdata()) == 2
+
+
+def test_where_there_is_no_language_model_one_line_says_so(tmp_path, monkeypatch, capsys):
+    from deploy.local_judge import by_language_model
+
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    monkeypatch.delenv("LAB_JUDGE_URL", raising=False)
+    assert by_language_model(GOOD, MANY) == ([], []) and table([]) == ""
+    said = capsys.readouterr().out
+    assert said.startswith("not measured: a language model as judge (LAB_JUDGE_URL is not set")
+
+
+def test_the_service_that_is_set_judges_beside_the_yardstick(fake, tmp_path, monkeypatch):
+    """A good judge with reasons, who cannot choose without any: κ is 1, and 0."""
+    from deploy.local_judge import by_language_model
+
+    monkeypatch.setenv("LAB_RUNS", str(tmp_path))
+    fake.answer = lambda body, number: by_word(body) if len(body["messages"]) == 1 else "Both."
+    (_, pairs, forced), judges = by_language_model(GOOD, MANY[:12])
+    assert pairs["kappa"][0] == 1 and pairs["won"] == 12
+    assert (forced["unreadable"], forced["kappa"][0]) == (12, 0)
+    assert [dict(one.counts) for one in judges] == [{"read": 24}, {"not readable": 24}]
+
+
+def test_a_server_whose_port_changes_is_known_by_its_name(fake, tmp_path):
+    """The second one has another address, and the kept replies of the first."""
+    fake.answer, asked = (lambda body, number: "Yes."), [[{"role": "user", "content": "Is it?"}]]
+    [reply] = judge_endpoint(cache=tmp_path, known_as="mine").ask_all(asked)
+    moved = judge_endpoint("http://127.0.0.1:9/v1", "judge", cache=tmp_path, known_as="mine")
+    [again] = moved.ask_all(asked)
+    assert again == reply | {"cached": True} and not reply["cached"] and reply["text"] == "Yes."
 
 
 def test_the_rule_says_why():

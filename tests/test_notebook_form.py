@@ -17,11 +17,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 ROOT = Path(__file__).resolve().parent.parent
 MAIN = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/*.ipynb"))
 DIVES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("Lab-*/deep-dives/*.ipynb"))
-NOT_YET = {
-    "Lab-1.7-DPO_Alignment/04-Evaluation_and_Compare.ipynb",
-    "Lab-1.8-ORPO_Alignment/03-Compare_with_DPO.ipynb",
-    "Lab-1.8-ORPO_Alignment/04-Production_Deploy.ipynb",
-}
+NOT_YET: set[str] = set()
 TRAIN_EARLY = ("02-SFT", "03-DPO", "04-Evaluation", "02-ORPO", "03-Compare")
 CELLS, WORDS = 75, 1_800
 LINES, LONG_SHARE, LONGEST = 15, 0.1, 30  # of a code cell; at most a tenth may be longer

@@ -47,18 +47,12 @@ PARTS = {key: 1e9 for key in comparisons.MEMORY_PARTS}
 POINT = {"cost": 1.0, "rate": 0.6, "low": 0.5, "high": 0.7}
 RATES = {"dpo_vs_sft": {"rate": 0.7, "std": 0.02, "low": 0.6, "high": 0.8}}
 MODELS = {"sft": {"kl": 1.0, "std": {"kl": 0.2}}, "dpo": {"kl": 2.0, "std": {"kl": None}}}
-SPEED = SimpleNamespace(tokens_per_second=100.0, latency_p50=0.2, first_token_p50=0.05)
+SPEED = SimpleNamespace(
+    tokens_per_second=100.0, latency_p50=0.2, latency_p95=0.3, first_token_p50=0.05
+)
 QUANTISED = {"weight_bytes": 1e7, "win_rate": rate(0.5), "tokens_per_second": 50.0}
 BOTH = {"chosen": [0, 1], "rejected": [0, -1]}
 DRAWN = {  # figure function → its arguments
-    "flaw_rates": (
-        [0, 0.3],
-        {"ORPO": [POINT, POINT]},
-        {"ORPO": [[0.5, 0.6], [0.7, 0.8]]},
-        "win rate",
-        "title",
-        ("worse", "better"),
-    ),
     "win_rate_matrix": (RATES, {"sft": "SFT", "dpo": "DPO"}, "title"),
     "measure_panels": (MODELS, {"kl": "KL, nats"}, {"sft": "SFT", "dpo": "DPO"}, "title"),
     "memory_by_part": ({"DPO": PARTS, "ORPO": PARTS}, "title"),
@@ -71,7 +65,8 @@ DRAWN = {  # figure function → its arguments
     "displacement": ({"a": run(), "b": run(-5)}, "title"),
     "rise_of_both": (run(), run(-5), "title"),
     "quality_size_speed": ({"float32": QUANTISED, "int8": QUANTISED},),
-    "speeds": ({8: (0.1, 0.2), 16: (0.2, 0.5)}, {1: SPEED, 2: SPEED}),
+    "batch_speeds": ({1: SPEED, 2: SPEED},),
+    "peeking": ([10, 20], [0.05, 0.08], 0.05),
     "latencies": ({"all": [0.1, 0.2, 0.3]}, "ms", "title"),
     "drift": ({"monday": [{"length": 5.0}]}, {"length": (1, 4)}, {"length": "tokens"}),
     "histograms": ({"chosen": [1, 2, 3]}, "tokens", "title", 10),
@@ -237,6 +232,14 @@ def test_a_bar_carries_its_interval():
     assert (low[1], high[1]) == pytest.approx((0.4, 0.6))
 
 
+def test_a_share_of_nothing_has_an_interval_too():
+    """Wilson: 0 of 10 goes up to z² / (n + z²) = 3.84 / 13.84 = .2775; 7 of 10: .397 to .892."""
+    ax = figures.bars({"first": {"a": 0.0, "b": 0.7}}, "share", out_of={"first": 10}).axes[0]
+    (errors,) = [each.errorbar for each in ax.containers if getattr(each, "errorbar", None)]
+    ends = [[y for _, y in segment] for segment in errors[2][0].get_segments()]
+    assert np.array(ends) == pytest.approx(np.array([[0, 0.2775], [0.397, 0.892]]), abs=1e-3)
+
+
 def test_stacked_parts_add_up_to_what_is_written():
     """Five parts of 1 GB each."""
     ax = draw("memory_by_part").axes[0]
@@ -315,3 +318,17 @@ def test_a_live_figure_is_silent_outside_a_notebook_and_redraws_in_one(monkeypat
 def test_a_sweep_says_whom_its_win_rates_are_against():
     figure = figures.sweep_with_rates([0, 1], {}, [rate(0.5), rate(0.7)], "λ", against="λ = 0")
     assert figure.axes[-1].get_title() == "win rate against λ = 0"
+
+
+def test_a_live_figure_takes_a_tenth_of_the_time_at_the_most(monkeypatch):
+    """A drawing of 5 s is followed by 45 s without one."""
+    import IPython
+    import IPython.display
+
+    clock = iter(range(1000, 2000, 5))
+    monkeypatch.setattr(curves.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(IPython, "get_ipython", lambda: SimpleNamespace(config=["IPKernelApp"]))
+    monkeypatch.setattr(IPython.display, "display", lambda *_, **__: SimpleNamespace())
+    live = curves.LiveFigure("dpo", seconds=3.0)
+    live.update(run())
+    assert live.wait == 45

@@ -14,13 +14,16 @@ import pytest
 from openai import OpenAI
 
 from common import models, packed
-from common.data import collate, tokenize_pairs
+from common.data import collate, load_pairs, tokenize_pairs
 from common.evaluation import Sampling, generate, logps_of
 from common.io.pretrained import PACKAGED, model_folder
+from common.judges import RuleJudge
 from common.lab import Lab
 from common.profiles import SMOLLM, get_profile
+from common.toyworld import World
 from common.training import train
 from deploy.export import export, load_exported
+from deploy.local_judge import by_language_model
 from deploy.serving.start import serving
 
 FOLDER = os.environ.get("SMOLLM_DIR", "")
@@ -158,3 +161,25 @@ def test_load_train_export_and_one_answer_through_the_gateway(tmp_path, monkeypa
         said = [{"role": "user", "content": FRANCE}]
         answer = client.chat.completions.create(model="aligned", messages=said, max_tokens=8)
     assert answer.choices[0].message.content.strip() == own.text.strip() and "Paris" in own.text
+
+
+def test_it_judges_the_lab_s_answers_over_http_and_is_measured():
+    """Ten pairs of the toy world in both orders, with reasons and as a bare choice, over HTTP: the
+    counts add up, the second time costs nothing, and it is a poor judge: with reasons it is hardly
+    ever readable, and its κ with the rule does not reach .5; the bare choice follows the place.
+    """
+    pairs = load_pairs(World(8).pairs(10, label_noise=0))[0].to_list()
+    sides = [("chosen", "rejected")[:: 1 if at % 2 else -1] for at in range(10)]
+    asked = [
+        (row["prompt"], row[one], row[two]) for row, (one, two) in zip(pairs, sides, strict=True)
+    ]
+    rule = RuleJudge(World(8))
+    rows, judges = by_language_model(rule, asked, tokens=32)
+    assert [sum(judge.counts.values()) for judge in judges] == [20, 20]
+    for row in rows:
+        assert row["won"] + row["ties"] + row["changed"] + row["unreadable"] == 10
+    assert all(reply["tokens"][1] for judge in judges for reply in judge.replies)
+    assert rows[0]["won"] == 10 and all(row["kappa"][0] < 0.5 for row in rows[1:])
+    assert rows[1]["unreadable"] > 5 and rows[2]["unreadable"] == 0 and rows[2]["changed"] > 5
+    again, others = by_language_model(rule, asked, tokens=32)
+    assert again == rows and " 0 asked now, 0 failed" in others[0].spent

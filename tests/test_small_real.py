@@ -16,7 +16,8 @@ from stand_in import write_stand_in
 from test_notebooks import NOTEBOOKS, ROOT, run_by_itself
 
 from benchmarks import gpu
-from benchmarks.real_report import COLUMNS
+from benchmarks.real_report import COLUMNS, TOLD_APART
+from common.profiles import device_and_precision, get_profile
 from tools.align import MEASURES
 
 pytestmark = pytest.mark.more
@@ -26,8 +27,10 @@ WHY = "NOT TESTED: no real model. Run `make model`, and set SMOLLM_DIR to the fo
 RUN = (
     "1.7-DPO_Alignment/01",
     "1.7-DPO_Alignment/02",
+    "1.7-DPO_Alignment/03",
     "1.8-ORPO_Alignment/01",
     "1.8-ORPO_Alignment/02",
+    "1.8-ORPO_Alignment/04",
 )
 NOT_YET = [notebook for notebook in NOTEBOOKS if not any(name in notebook for name in RUN)]
 
@@ -93,3 +96,31 @@ def test_the_gpu_benchmark_aligns_on_this_machine_too(environment, monkeypatch):
         monkeypatch.setenv(name, environment[name])
     found = gpu.measure_align(quick=True)
     assert "| constraints met | 0." in found["report"], found
+
+
+PRECISION = """
+import sys
+from pathlib import Path
+from benchmarks import precision
+precision.plan_digest = lambda: "a plan"
+precision.PRECISION_RUNS, precision.FEW_PAIRS = Path(sys.argv[1]), 16
+precision.run_seed(21)
+"""
+
+
+def test_a_run_in_each_precision_is_measured_once(environment, tmp_path):
+    """The second process in float32 finds its run there. Both runs have the columns to compare."""
+    file = tmp_path / "precision.json"
+    for asked in ("float32", "float32", ""):
+        done = subprocess.run(
+            [sys.executable, "-c", PRECISION, str(file)],
+            cwd=ROOT,
+            env={**environment, "LAB_PRECISION": asked},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+    runs = json.loads(file.read_text(encoding="utf-8"))["runs"]
+    here = device_and_precision(get_profile("smollm"))[1]
+    assert runs.keys() == {"float32-21", f"{here}-21"}
+    assert all(set(TOLD_APART) <= run["measures"].keys() for run in runs.values())

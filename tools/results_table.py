@@ -25,11 +25,13 @@ MEASURE_NAMES = {  # key in a report → name of the row
     "length_tokens": "length (tokens)",
 }
 STAGE_NAMES = {
+    "base": "the start",
     "sft": "SFT",
     "orpo_lambda0": "λ = 0",
     "dpo_plain": "DPO plain",
     "dpo": "DPO + NLL",
     "orpo": "ORPO",
+    "chosen_dpo": "SFT on chosen, then DPO",
 }
 PART_NAMES = {
     "weights_bytes": "weights",
@@ -138,22 +140,6 @@ def quality_markdown(results: dict) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _flaw_rates(report: dict) -> list[str]:
-    """Win rates by share of flawed pairs. Nothing where there is no embedded world."""
-    if not report["flaw_rates"]:
-        return []
-    arms = {rate: report["arms"].get(name, report) for rate, name in report["flaw_rates"].items()}
-    arms["tiers"] = report["arms"]["tiers"]
-    rows = [
-        [text, *(_rate_cell(arm["win_rate"][name]) for arm in arms.values())]
-        for name, text in (
-            ("orpo_vs_orpo_lambda0", "ORPO against λ = 0"),
-            ("dpo_vs_orpo_lambda0", "DPO + NLL against λ = 0"),
-        )
-    ]
-    return [markdown_table(["flaw rate of the pairs", *arms], rows)]
-
-
 def _memory_table(runs: list[dict]) -> list[str]:
     """Peak memory by part, measured in one process per method."""
     size = runs[0]
@@ -177,8 +163,10 @@ def comparison_markdown(results: dict) -> str:
         passes = ratio.pop("passes")
         several = f"{seeds} seeds, interval over seeds"
         basis = several if seeds > 1 else "one seed, interval over prompts"
-        flops = [f"{cost[stage]['simple_flops'] / 1e12:.3f}" for stage in STAGE_NAMES]
-        first = _against_sft(report["win_rate"], STAGE_NAMES, _rate_cell)
+        names = {key: name for key, name in STAGE_NAMES.items() if key in report["models"]}
+        found = [cost.get(stage, {}).get("simple_flops") for stage in names]
+        flops = ["–" if value is None else f"{value / 1e12:.3f}" for value in found]
+        first = _against_sft(report["win_rate"], names, _rate_cell)
         last = [["TFLOPs of the stage, unpacked", *flops]]
         counted = "; ".join(
             f"{name} {values['counted']:.3f}, by formula {values['formula']:.3f}"
@@ -186,14 +174,10 @@ def comparison_markdown(results: dict) -> str:
         )
         blocks += [
             f"`{profile}`: {basis} (95 %); judge: {report['judge']}.",
-            _stage_table(report["models"], STAGE_NAMES, first, last),
+            _stage_table(report["models"], names, first, last),
             f"FLOPs of ORPO over those of SFT + DPO: {counted}; by passes {passes:.3f}.",
-            *_flaw_rates(report),
+            *_memory_table(report["memory"]),
         ]
-        if "twice" in report["arms"]:
-            rate = report["arms"]["twice"]["win_rate"]["orpo_vs_orpo_lambda0"]
-            blocks.append(f"ORPO against λ = 0 trained twice as long: {_rate_cell(rate)}.")
-        blocks += _memory_table(report["memory"])
     return "\n\n".join(blocks) + "\n"
 
 

@@ -50,6 +50,8 @@ def check_worth_contrast(fn):
     yield "nothing is decided", gives((None, None), open_, open_, open_, open_)
     later = gives((0.0, 0.5), lost, won, open_, won)
     yield "a clear rate in the middle is not 'from there on'", later
+    after = gives((None, 0.5), open_, lost, open_, won)
+    yield "nor is a clear loss in the middle 'up to there'", after
     wide = gives((0.1, 0.5), lost, lost, [0.49, 0.55, 0.61], won)
     yield "a mean above one half does not suffice: the interval decides", wide
     yield "one seed decides nothing", gives((None, None), [0.4], [0.45], [0.6], [0.7])

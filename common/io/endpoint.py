@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -52,6 +52,7 @@ class Endpoint:
     key_variable: str = ""
     plain_http: bool = False  # a key may cross a network in clear text
     setting: str = "--base-url"  # what names the address; the messages say so
+    known_as: str = ""  # by this, not by its address, the cache knows a server whose port changes
 
     @property
     def url(self) -> httpx.URL:
@@ -115,7 +116,7 @@ class Endpoint:
         Raises: EndpointError, OSError.
         """
         request = {"model": self.model, "messages": messages, **self.options}
-        path = self.cache / f"{digest([self.base_url, request, number])}.json"
+        path = self.cache / f"{digest([self.known_as or self.base_url, request, number])}.json"
         try:
             kept = json.loads(path.read_text(encoding="utf-8"))
             return {"tokens": [0, 0], "cached": True} | kept
@@ -212,25 +213,26 @@ def _without(key: str, text: str) -> str:
     return text if key == "none" else text.replace(key, "[key]")
 
 
-def judge_endpoint(**changes) -> Endpoint:
-    """The judge at LAB_JUDGE_URL, which calls itself LAB_JUDGE_MODEL there.
+def judge_endpoint(url: str = "", model: str = "", **changes) -> Endpoint:
+    """The judge at `url`, default LAB_JUDGE_URL, called `model` there, default LAB_JUDGE_MODEL.
 
     Its key: OPENAI_API_KEY at OpenAI's own address, LAB_JUDGE_KEY at any other; a server of your
     own may need none. `changes`: other fields of `Endpoint`.
     Raises: EndpointError where a variable is missing.
     """
-    missing = [name for name in ("LAB_JUDGE_URL", "LAB_JUDGE_MODEL") if not os.environ.get(name)]
-    if missing:
+    given = {"LAB_JUDGE_URL": url, "LAB_JUDGE_MODEL": model}
+    given = {name: value or os.environ.get(name, "") for name, value in given.items()}
+    if missing := [name for name, value in given.items() if not value]:
         raise EndpointError(
             f"{' and '.join(missing)} not set: there is no judge. Start one with `python -m "
-            "deploy.serving MODEL_FOLDER`, or name a service and its model."
+            "deploy.serving --model FOLDER`, or name a service and its model."
         )
+    url, model = given.values()
     fields = {"options": {"temperature": 0.0, "max_tokens": 512}, "retries": 3}
     fields |= {"cache": runs_folder() / "judge", "setting": "LAB_JUDGE_URL"}
-    url = os.environ["LAB_JUDGE_URL"]
-    judge = Endpoint(os.environ["LAB_JUDGE_MODEL"], url, **fields | changes)
+    judge = Endpoint(model, url, **fields | changes)
     key = judge.key_variable or (OFFICIAL_KEY if judge.official else JUDGE_KEY)
-    return Endpoint(**vars(judge) | {"key_variable": key})
+    return replace(judge, key_variable=key)
 
 
 def bill(replies: list[dict], seconds: float | None = None) -> str:

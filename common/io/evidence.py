@@ -49,7 +49,8 @@ def show_claim(*names: str) -> None:
         entry = known[name]
         _say(f"{name}  {entry['claim'][0]}")
         for world, title in (("toy", "toy world"), ("real", "real model")):
-            _say(f"{title}: {entry[world]['verdict'].upper()}", "    ")
+            verdict, _, how = entry[world]["verdict"].partition(" (")
+            _say(f"{title}: {verdict.upper()}{' (' * bool(how)}{how}", "    ")
             for line in entry[world]["evidence"]:
                 _say(line, "      ")
         _say(entry["note"][0], "    ")

@@ -115,7 +115,9 @@ def calibration(margin, bins: int = 5) -> list[dict]:
 
 
 def table(rows: list[dict]) -> str:
-    """The rows of `agreement` as text: shares and κ with their 95 % intervals."""
+    """The rows of `agreement` as text: shares and κ with their 95 % intervals; "" for no row."""
+    if not rows:
+        return ""
     names = ("kappa", "first", "longer")
     heads = ("κ with the first", "shown first wins", "longer wins")
     head = "".join(f"{name:>22}" for name in heads)

@@ -11,6 +11,7 @@ from common.judges import Vote
 
 PROMPTS = tomllib.loads(Path(__file__).with_name("prompts.toml").read_text(encoding="utf-8"))
 LETTERS = {"A": 1, "B": -1, "C": 0}
+FORMS = {"pairwise": "([ABC])", "forced": "([AB])", "single": "(10|[1-9])"}  # that each form allows
 
 
 def marked(text: str, pattern: str) -> tuple[str | None, str]:
@@ -32,26 +33,31 @@ def marked(text: str, pattern: str) -> tuple[str | None, str]:
 
 
 class LanguageJudge:
-    """A language model behind an endpoint: two answers at once, or each alone (`single`).
+    """A language model behind an endpoint, asked in one of three forms.
 
-    Zheng et al. 2023 (MT-Bench), Sec. 3.1. `counts` says what became of every question that was
-    asked: "read", "not readable" or "failed"; `spent` what it cost. What was asked before is read
-    from the endpoint's folder. A question that failed counts as a tie that is not clear, too.
-    Raises (in `prefer`): EndpointError where the endpoint cannot be used at all.
+    "pairwise": two answers at once, reasons, then a verdict, a tie being one; "single": a grade for
+    each answer alone (both: Zheng et al. 2023, MT-Bench, Sec. 3.1); "forced": two answers, no
+    reasons and no tie, after two examples, for models too small to keep to the form.
+    `counts` says what became of every question that was asked: "read", "not readable" or "failed";
+    `spent` what it cost. What was asked before is read from the endpoint's folder. A question that
+    failed counts as a tie that is not clear, too.
+    Raises: ValueError for another form; in `prefer`, EndpointError where the endpoint cannot be
+        used at all.
     """
 
-    def __init__(self, endpoint: Endpoint, single: bool = False, workers: int = 4, progress=True):
-        self.endpoint, self.single, self.workers = endpoint, single, workers
+    def __init__(self, endpoint: Endpoint, form="pairwise", workers: int = 4, progress=True):
+        if form not in FORMS:
+            raise ValueError(f"form must be one of {', '.join(FORMS)}, not {form!r}.")
+        self.endpoint, self.form, self.workers = endpoint, form, workers
         self.title = f"judge {endpoint.model}" if progress else ""
-        alone = ", each answer alone" if single else ""
-        self.name = f"the language model {endpoint.model}{alone}"
+        self.name = f"{endpoint.model}, {form}"
         self.counts, self.replies = Counter(), []
 
     @property
     def spent(self) -> str:
         return bill(self.replies)
 
-    def _asked(self, form: str, cases: list[tuple[str, ...]], pattern: str) -> dict:
+    def _asked(self, cases: list[tuple[str, ...]]) -> dict:
         """{case: (the mark or None, the reason)}: each different case is asked once."""
         cases = list(dict.fromkeys(cases))
         questions = []
@@ -61,25 +67,34 @@ class LanguageJudge:
             talk = "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns)
             talk = turns[0]["content"] if len(turns) == 1 else talk
             shown = dict(zip(("first", "second"), map(str.strip, answers), strict=False))
-            content = PROMPTS[form].strip().format(prompt=talk, **shown)
-            questions.append([{"role": "user", "content": content}])
+            content = PROMPTS[self.form].strip().format(prompt=talk, **shown)
+            questions.append([*self._examples(), {"role": "user", "content": content}])
         replies = self.endpoint.ask_all(questions, self.workers, self.title)
         found = {}
         for case, reply in zip(cases, replies, strict=True):
             mark, reason = None, reply.get("failure", "")
             if not reason:
-                mark, reason = marked(reply["text"], pattern)
+                mark, reason = marked(reply["text"], FORMS[self.form])
             kind = "failed" if "failure" in reply else "not readable" if mark is None else "read"
             self.counts[kind] += 1
             found[case] = mark, reason
         self.replies += replies
         return found
 
+    def _examples(self) -> list[dict]:
+        """Turns that show a small model the form: one verdict for each place."""
+        turns = []
+        for row in PROMPTS["examples"] if self.form == "forced" else ():
+            content = PROMPTS["forced"].strip().format(**row)
+            turns += [{"role": "user", "content": content}]
+            turns += [{"role": "assistant", "content": row["verdict"]}]
+        return turns
+
     def prefer(self, questions: list[tuple[str, str, str]]) -> list[Vote]:
         """One vote each, in the order in which the answers are shown."""
-        if self.single:
+        if self.form == "single":
             return self._by_grades(questions)
-        found = self._asked("pairwise", questions, "([ABC])")
+        found = self._asked(questions)
         votes = []
         for question in questions:
             mark, reason = found[question]
@@ -88,7 +103,7 @@ class LanguageJudge:
 
     def _by_grades(self, questions: list[tuple[str, str, str]]) -> list[Vote]:
         alone = [(prompt, text) for prompt, *texts in questions for text in texts]
-        found, votes = self._asked("single", alone, r"(10|[1-9])"), []
+        found, votes = self._asked(alone), []
         for prompt, *texts in questions:
             (one, why), (other, why_other) = (found[prompt, text] for text in texts)
             if one is None or other is None:

@@ -1,6 +1,4 @@
-"""Figures of a comparison of methods: win rates with their spread over seeds, cost, memory,
-gradients.
-"""
+"""Figures of a comparison of methods: win rates, cost, memory, gradients."""
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -18,43 +16,6 @@ MEMORY_PARTS = {  # key of `common.memory.measured.measure_method` → how it is
     "optimizer_bytes": "optimiser state",
     "rest_bytes": "the rest of the peak",
 }
-
-
-def flaw_rates(
-    rates: list[float],
-    lines: dict[str, list[dict]],
-    seeds: dict[str, list[list[float]]] | None = None,
-    ylabel: str = "win rate",
-    title: str = "",
-    ends: tuple[str, str] | None = None,
-) -> Figure:
-    """Win rates over the share of flaws in both answers; the shade is the 95 % interval, small dots
-    single seeds.
-
-    Args: `lines`: {name: one {"rate", "low", "high"} per flaw rate}; `seeds`: {name: the seeds'
-        rates per flaw rate}; `ends`: what being below and above one half means, written into the
-        figure.
-    """
-    figure, ax = subplots(figsize=(8, 4.2))
-    for index, (name, points) in enumerate(lines.items()):
-        colour = METHOD_COLOURS.get(name, PALETTE[-1])
-        low, middle, high = ([point[key] for point in points] for key in ("low", "rate", "high"))
-        ax.fill_between(rates, low, high, color=colour, alpha=0.15)
-        ax.plot(rates, middle, "o-", color=colour, label=name)
-        for rate, values in zip(rates, (seeds or {}).get(name, []), strict=False):
-            if len(values) > 1:
-                places = [rate + 0.006 * (index + 1)] * len(values)
-                ax.plot(places, values, "o", color=colour, markersize=3, alpha=0.6)
-    ax.axhline(0.5, **MARK)
-    for text, place, align in zip(ends or (), (0.02, 0.98), ("bottom", "top"), strict=False):
-        style = {"ha": "right", "va": align, "fontsize": 9, "color": "dimgrey"}
-        ax.text(0.985, place, text, transform=ax.transAxes, **style)
-    xlabel = "flaw rate p: each flaw is in both answers with this probability"
-    ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-    ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
-    ax.margins(y=0.16)
-    ax.legend(**BESIDE)
-    return figure
 
 
 def win_rate_matrix(rates: dict[str, dict], stages: dict[str, str], title: str = "") -> Figure:

@@ -5,6 +5,8 @@ from matplotlib.figure import Figure
 
 from common.plots import BESIDE, CHOSEN, GREY, MARK, OTHER, PALETTE, REJECTED, subplots
 
+LATENCIES = ("latency_p50", "latency_p95")
+
 
 def quality_size_speed(report: dict[str, dict]) -> Figure:
     """Win rate against full precision over bytes of weights; the area of a dot grows with tokens
@@ -34,32 +36,39 @@ def quality_size_speed(report: dict[str, dict]) -> Figure:
     return figure
 
 
-def speeds(cached: dict[int, tuple[float, float]], batches: dict[int, object]) -> Figure:
-    """Left: time of an answer by its length, {new tokens: (seconds with cache, without)}. Right:
-    throughput and latency by batch, {rows: Speed}.
+def batch_speeds(batches: dict[int, object]) -> Figure:
+    """What rows in a batch gain together and wait each, {rows: Speed}; bars reach to the 95th
+    percentile.
     """
-    figure, (left, right) = subplots(1, 2, figsize=(10.5, 3.6))
-    for index, (name, colour) in enumerate((("KV cache", CHOSEN), ("no cache", REJECTED))):
-        times = [1000 * pair[index] for pair in cached.values()]
-        left.plot(list(cached), times, "o-", color=colour, label=name)
-    left.set(xlabel="new tokens", ylabel="ms for an answer, p50", title="One row at a time", ylim=0)
-    left.legend()
-    sizes = list(batches)
-    throughput = [batches[size].tokens_per_second for size in sizes]
-    right.plot(sizes, throughput, "o-", color=OTHER, label="tokens/s")
-    right.set(xlabel="rows in a batch", ylabel="new tokens per second", ylim=0)
-    right.set_title("Batches: throughput and latency")
-    other = right.twinx()
-    times = ("latency_p50", "whole answer", "s--"), ("first_token_p50", "first token", "^:")
-    for name, label, style in times:
-        values = [1000 * getattr(batches[size], name) for size in sizes]
-        other.plot(sizes, values, style, color=GREY, label=label, markersize=4)
-    other.set(ylabel="ms, p50", ylim=0)
-    other.grid(False)
-    right.set_xscale("log", base=2)
-    right.set_xticks(sizes, [str(size) for size in sizes])
-    handles = [*right.get_lines(), *other.get_lines()]
-    right.legend(handles, [handle.get_label() for handle in handles], loc="upper left", fontsize=8)
+    figure, (left, right) = subplots(1, 2, figsize=(9, 3.2))
+    sizes, runs = list(batches), list(batches.values())
+    left.plot(sizes, [run.tokens_per_second for run in runs], "o-", color=OTHER)
+    left.set(title="All rows together", ylabel="new tokens per second", ylim=0)
+    p50, p95 = (1000 * np.array([getattr(run, of) for run in runs]) for of in LATENCIES)
+    bars = [np.zeros_like(p50), p95 - p50]
+    right.errorbar(sizes, p50, bars, fmt="o-", color=REJECTED, capsize=3, label="whole answer")
+    firsts = [1000 * run.first_token_p50 for run in runs]
+    right.plot(sizes, firsts, "^:", color=GREY, label="first token")
+    right.set(title="Each row", ylabel="ms, p50", ylim=0)
+    right.legend()
+    for ax in (left, right):
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(sizes, [str(size) for size in sizes])
+        ax.set_xlabel("rows in a batch")
+    return figure
+
+
+def peeking(users: list[int], looks: list[float], one: float) -> Figure:
+    """Chance that one of two equal models was named the winner by each look; `one`: of a single
+    look at the end. `users`: in each arm, at the looks.
+    """
+    figure, ax = subplots(figsize=(7, 3.2))
+    ax.plot(users, looks, "o-", color=REJECTED, label="stop at the first |z| > 1.96")
+    ax.plot(users[-1], one, "s", color=CHOSEN, label="one look at the end")
+    ax.axhline(0.05, **MARK)
+    ax.set(title="Two equal models", xlabel="users in each arm", ylabel="P(a winner is named)")
+    ax.set_ylim(0)
+    ax.legend()
     return figure
 
 

@@ -40,26 +40,48 @@ def histograms(
     return figure
 
 
+def _wilson(share: float, n: int, z: float = 1.96) -> tuple[float, float]:
+    """How far Wilson's 95 % interval of a share of `n` reaches below it and above it."""
+    middle, whole = share + z**2 / (2 * n), 1 + z**2 / n
+    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5
+    low, high = (middle - half) / whole, (middle + half) / whole
+    return max(0.0, share - low), max(0.0, high - share)
+
+
 def bars(
-    values: dict[str, dict[str, float]],
+    values: dict[str, dict[str, float | dict]],
     ylabel: str,
     title: str = "",
     ylim=None,
     colours: tuple[str, ...] = PALETTE,
     halves: dict[str, dict[str, float]] | None = None,
-) -> Figure:
+    out_of: dict[str, int] | None = None,
+) -> Figure | None:
     """Grouped bars, {model: {measure: value}}: one group per measure, one colour per model.
 
-    `halves`: half of each value's interval, drawn on its bar.
+    A value {"mean", "ci95"} gets an error bar; one that a model lacks is 0. `out_of`: a model's
+    values are shares of so many things: their 95 % intervals (Wilson's) are drawn. `halves`: half
+    of each value's interval, where it is another one. Returns: None, with a line that says so,
+    where there are no values.
     """
-    measures = list(next(iter(values.values())))
+    measures = list(dict.fromkeys(name for row in values.values() for name in row))
+    if not measures:
+        print(f"not measured: {title} (nothing here can judge it)")
+        return None
     figure, ax = subplots(figsize=(max(7.5, 1.5 * len(measures)), 3.4))
     width = 0.8 / len(values)
     for index, (colour, (model, row)) in enumerate(zip(colours, values.items(), strict=False)):
         places = np.arange(len(measures)) + (index - (len(values) - 1) / 2) * width
-        heights = [row[name] for name in measures]
-        spread = [halves[model][name] for name in measures] if halves else None
+        own = [row.get(name, 0.0) for name in measures]
+        ends = [value["ci95"] if isinstance(value, dict) else (value, value) for value in own]
+        heights = [value["mean"] if isinstance(value, dict) else value for value in own]
+        spread = np.abs(np.transpose(ends) - heights)
+        if halves:
+            spread = [halves[model][name] for name in measures]
+        if out_of:
+            spread = np.array([_wilson(share, out_of[model]) for share in heights]).T
         error = {"yerr": spread, "error_kw": {"elinewidth": 1, "ecolor": "#444444"}}
+        error = error if np.any(spread) else {}
         drawn = ax.bar(places, heights, width * 0.95, color=colour, label=model, **error)
         ax.bar_label(drawn, fmt="%.2f", fontsize=7, padding=2)
     ax.margins(y=0.1)  # room for the labels

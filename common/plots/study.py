@@ -16,8 +16,8 @@ def study_rates(pairs: dict[str, tuple[str, str]], title: str = "") -> Figure | 
     """
     found = {label: study_rate(*pair) for label, pair in pairs.items()}
     found = {label: rate for label, rate in found.items() if rate}
-    for label in pairs.keys() - found.keys():
-        print(f"not measured yet: {label} (make study)")
+    if missing := [label for label in pairs if label not in found]:
+        print(f"not measured yet: {', '.join(missing)} (make study)")
     if not found:
         return None
     figure, ax = subplots(figsize=(7.5, 1.2 + 0.45 * len(found)))
