@@ -28,8 +28,10 @@ RUN = (
     "1.7-DPO_Alignment/01",
     "1.7-DPO_Alignment/02",
     "1.7-DPO_Alignment/03",
+    "1.7-DPO_Alignment/04",
     "1.8-ORPO_Alignment/01",
     "1.8-ORPO_Alignment/02",
+    "1.8-ORPO_Alignment/03",
     "1.8-ORPO_Alignment/04",
 )
 NOT_YET = [notebook for notebook in NOTEBOOKS if not any(name in notebook for name in RUN)]
