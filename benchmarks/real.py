@@ -36,7 +36,7 @@ from tools.machine import describe_machine
 PLAN = ROOT / "docs" / "real-model-plan.md"
 SEEDS = (11, 12, 13, 14, 15)
 TUNING_SEED, TUNING_PROMPTS, TUNING_PAIRS = 0, 96, 256
-ARM_PAIRS, SIDE_PAIRS = 624, 256  # of an arm: 39 steps of 16; of the side study: 16 steps
+ARM_PAIRS, SIDE_PAIRS = 512, 256  # of an arm: 32 steps of 16; of the side study: 16 steps
 RATES = {  # five for every arm: the same effort
     "dpo_plain": (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5),
     "dpo": (2.5e-6, 5e-6, 1e-5, 2e-5, 4e-5),

@@ -43,8 +43,8 @@ from common.profiles import device_and_precision, get_profile
 
 # How many pairs: {split: {knob or kind: pairs}}.
 WANTED = {
-    "train": {"clean": 500, "shared": 450, "harmful": 150, "lookalike": 100},
-    "test": {"clean": 100, "shared": 80, "harmful": 40, "lookalike": 30},
+    "train": {"clean": 450, "shared": 400, "harmful": 150, "lookalike": 100},
+    "test": {"clean": 90, "shared": 80, "harmful": 40, "lookalike": 30},
 }
 # No pair holds an answer with one of these, or with letters of another script.
 COARSE = re.compile(
