@@ -42,5 +42,5 @@ def test_the_pages_table_says_what_it_took_or_that_nothing_was_measured():
     text = align_table(took | {"samples": 4, "table": "| a |"})
     assert "Pairs: 512, steps: 32, seed 0." in text and text.endswith("\n\n| a |\n")
     assert "Minutes: 2.5, of training 1.5 (bfloat16). Peak memory: 4.8 GB." in text
-    assert "資料對：512，步：32，種子 0。" in in_chinese(text)
+    assert "資料對：512，步數：32，種子 0。" in in_chinese(text)
     assert "not measured" in align_table(None)
