@@ -13,7 +13,8 @@ import shutil
 import subprocess
 import sys
 
-from benchmarks.real import PlanError, Trial, plan_digest, run_trial, tuning_lab
+from benchmarks.plans import PlanError, plan_digest
+from benchmarks.real import PLAN, Trial, run_trial, tuning_lab
 from benchmarks.real_measures import Ruler
 from benchmarks.real_pages import write_results
 from benchmarks.real_report import FOLDER, TWO_PRECISIONS
@@ -28,7 +29,7 @@ FEW_PAIRS, FEW_PROMPTS = 128, 48  # 8 steps of 16
 
 def known() -> dict:
     """What was measured so far. Raises: PlanError if that was under another plan."""
-    plan, found = plan_digest(), None
+    plan, found = plan_digest(PLAN), None
     if PRECISION_RUNS.exists():
         found = json.loads(PRECISION_RUNS.read_text(encoding="utf-8"))
         if found["plan"] != plan:

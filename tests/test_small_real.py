@@ -48,7 +48,7 @@ import json, sys
 from dataclasses import replace
 from pathlib import Path
 from benchmarks import real
-real.plan_digest = lambda: "a plan"
+real.plan_digest = lambda _: "a plan"
 trials = {name: replace(real.TRIALS[name], pairs=24) for name in ("dpo_plain", "orpo")}
 for _ in range(2):  # the second time everything is there
     seed = real.Seed(31, Path(sys.argv[1]))
@@ -89,7 +89,7 @@ PRECISION = """
 import sys
 from pathlib import Path
 from benchmarks import precision
-precision.plan_digest = lambda: "a plan"
+precision.plan_digest = lambda _: "a plan"
 precision.PRECISION_RUNS, precision.FEW_PAIRS = Path(sys.argv[1]), 16
 precision.run_seed(21)
 """
